@@ -146,14 +146,15 @@ _budget = "budget_s"
 def _file(path, mtime):
     ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=None)
     ini.optionxform = str
+    restore = "Restore it with `git checkout settings.ini`"
     try: ini.read_string(Path(path).read_text("utf-8"), source=str(path))
-    except (configparser.Error, UnicodeDecodeError) as e: raise UsageError(f"{path} cannot be read as a settings file: {e}. Restore it with `git checkout settings.ini`") from e
+    except (configparser.Error, UnicodeDecodeError) as e: raise UsageError(f"{path} cannot be read as a settings file: {e}. {restore}") from e
     known = {f.name for f in fields(Settings)} - {"profile", "out_dir", "sources"}
     for section in ini.values():
         for key in section:
             if key not in known and key.split(".")[0] != _budget: raise UsageError(f"{path}, [{section.name}]: " + str(unknown("key", key, known | {_budget})))
     for key in known | {_budget}:
-        if key not in ini.defaults(): raise UsageError(f"{path}: [DEFAULT] lacks {key!r}. Restore it with `git checkout settings.ini`")
+        if key not in ini.defaults(): raise UsageError(f"{path}: [DEFAULT] lacks {key!r}. {restore}")
     return ini
 
 def _ini(path=None):
@@ -237,12 +238,10 @@ def settings(
     mine = {k: v for k, v in overrides.items() if v is not None and v != ""}
     values, sources = dict(profile=profile), dict(profile="you")
     for name, f in by_name.items():
-        if name in mine: value, who = mine[name], "you"
-        elif name == "out_dir": value, who = runs()/"interactive", "default"
-        else:
-            value = ini[profile][name]
-            who = f"profile {profile}" if name in ini._sections[profile] else "default"
+        if name == "out_dir": value, who = runs()/"interactive", "default"
+        else: value, who = ini[profile][name], f"profile {profile}" if name in ini._sections[profile] else "default"
         values[name], sources[name] = _parsed(f, value, who), who
+        if name in mine and (own := _parsed(f, mine[name], "you")) != values[name]: values[name], sources[name] = own, "you"
     values["out_dir"] = values["out_dir"].expanduser().resolve()
     if resolve:
         asked, values["device"] = values["device"], resolve_device(values["device"])
