@@ -1,0 +1,1 @@
+"Intervals, pairing and serialisation of estimates."
