@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['written', 'Estimate', 'exact', 'wilson', 'estimate', 'forest', 'difference', 'ratio', 'minimum_detectable_effect',
-           'Test', 'mcnemar', 'two_proportions', 'sample_size', 'sample_size_mcnemar', 'Table']
+           'Test', 'mcnemar', 'two_proportions', 'sample_size', 'sample_size_mcnemar', 'Table', 'dominated',
+           'label_points', 'trade_off', 'foretold']
 
 # %% ../../nbs/kit/01_stats.ipynb #c5c50e97
 import html, math
@@ -418,3 +419,80 @@ class Table:
         body = ("<tr>" + "".join(cell("td", c, i, grey(k)) for i, c in enumerate(row)) + "</tr>" for k, row in enumerate(self._cells()))
         caption = f'<caption style="text-align:left;caption-side:top">{html.escape(self.caption)}</caption>' if self.caption else ""
         return f'<table style="border-collapse:collapse">{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+
+# %% ../../nbs/kit/01_stats.ipynb #9011de31
+def dominated(
+    points,        # (cost, quality) pairs: less cost is better, more quality is better
+)->list[bool]:     # one each
+    "Whether another point is at least as good in both and better in one."
+    beats = lambda p, q: p[0] <= q[0] and p[1] >= q[1] and tuple(p) != tuple(q)
+    return [any(beats(p, q) for p in points) for q in points]
+
+# %% ../../nbs/kit/01_stats.ipynb #9a157d49
+_beside = ((1, .5), (-1, .5), (1, -.5), (-1, -.5), (0, 1), (0, -1))  # where a text may stand, as seen from its point
+
+def label_points(
+    ax,        # matplotlib axes with their limits set
+    labels,    # (text, x, y, colour) each
+)->None:
+    "Write texts beside points so that no two texts, and no text and point, overlap where there is room."
+    from matplotlib.transforms import Bbox
+    ax.get_figure().draw_without_rendering()
+    at, page = [ax.transData.transform((x, y)) for _, x, y, _ in labels], ax.get_window_extent()
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in at]
+    outside = lambda b: b.x0 < page.x0 or b.x1 > page.x1 or b.y0 < page.y0 or b.y1 > page.y1
+    for (text, x, y, colour), (px, py) in zip(labels, at):
+        note = ax.annotate(text, (x, y), xytext=(0, 0), textcoords="offset pixels", color=colour, fontsize=9)
+        size, found = note.get_window_extent(), []
+        for far in (8, 18, 32, 50):
+            for ux, uy in _beside:
+                box = Bbox.from_bounds(px + ux * far - size.width * (1 - ux) / 2, py + uy * far - size.height * (1 - uy) / 2, size.width, size.height)
+                found.append((10 * sum(box.overlaps(o) for o in taken) + 5 * outside(box) + far / 100, len(found), box))
+        box = min(found)[2]
+        note.set_position((box.x0 - px, box.y0 - py))
+        taken.append(box)
+
+# %% ../../nbs/kit/01_stats.ipynb #d16aaf26
+def trade_off(
+    points:dict,          # name -> (cost, quality: Estimate)
+    cost:str="cost",      # what the horizontal axis is, with its unit
+    quality:str="quality",# what the vertical axis is; its unit is that of the estimates
+    lower:bool=False,     # whether less of it is better
+    ax=None,              # matplotlib axes; None: new ones
+):                        # the axes
+    "Quality with its interval against cost; what another point beats in both is grey."
+    import matplotlib.pyplot as plt
+    if ax is None: ax = plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
+    grey = dict(zip(points, dominated([(c, -q.value if lower else q.value) for c, q in points.values()])))
+    for name, (c, q) in points.items():
+        ends = [[q.value - q.low if math.isfinite(q.low) else 0], [q.high - q.value if math.isfinite(q.high) else 0]]
+        ax.errorbar(c, q.value, yerr=ends, fmt="o", color="#aaa" if grey[name] else "tab:blue", lw=1.2, capsize=2, zorder=2 if grey[name] else 3)
+    front = sorted((c, q.value) for name, (c, q) in points.items() if not grey[name])
+    ax.plot(*zip(*front), color="tab:blue", lw=1, alpha=.4, drawstyle="steps-post", zorder=1)
+    costs, unit, less = [c for c, _ in points.values()], next(q.unit for _, q in points.values()), "  (less is better)"
+    if min(costs) > 0 and max(costs) > 5 * min(costs): ax.set_xscale("log")
+    ax.set(xlabel=cost + less, ylabel=quality + (f", {unit}" if unit else "") + less * lower)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.margins(.12)
+    label_points(ax, [(name, c, q.value, "#777" if grey[name] else "black") for name, (c, q) in points.items()])
+    return ax
+
+# %% ../../nbs/kit/01_stats.ipynb #3cecb33d
+def foretold(
+    points,    # (name, predicted ms, measured ms: Estimate, floor over measured: 0 to 1 or None) each
+    ax=None,   # matplotlib axes; None: new ones
+):             # the axes
+    "Measured against predicted time, both logarithmic, with the identity."
+    import matplotlib.pyplot as plt
+    if ax is None: ax = plt.subplots(figsize=(6.2, 4.8), layout="constrained")[1]
+    x, y = [p for _, p, _, _ in points], [e.value for _, _, e, _ in points]
+    low, high = min(x + y) / 1.8, max(x + y) * 1.8
+    ax.plot([low, high], [low, high], color="grey", lw=1, zorder=1)
+    ax.fill_between([low, high], [low / 2, high / 2], [low * 2, high * 2], color="grey", alpha=.12, lw=0, zorder=0)
+    ax.vlines(x, [max(e.low, low) for _, _, e, _ in points], [min(e.high, high) for _, _, e, _ in points], color="grey", lw=1, zorder=2)
+    share = [math.nan if f is None else 100 * f for *_, f in points]
+    dots = ax.scatter(x, y, c=share, vmin=0, vmax=100, cmap="viridis", plotnonfinite=True, zorder=3, edgecolor="white", lw=.5)
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="predicted, ms", ylabel="measured, ms")
+    ax.get_figure().colorbar(dots, ax=ax, label="share of the floor reached, %")
+    label_points(ax, [(name, p, e.value, "black") for name, p, e, _ in points])
+    return ax
