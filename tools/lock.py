@@ -187,9 +187,9 @@ def problems():
     for n, f in files.items():
         if not f.is_file(): return [f"locks/{n}.txt is missing"]
         if f"Inputs: {inputs()}" not in f.read_text("utf-8"): return [f"locks/{n}.txt was made for other inputs than pyproject.toml has now"]
+        if "://" in f.read_text("utf-8"): return [f"locks/{n}.txt names a host"]
     pins = {n: read(f) for n, f in files.items()}
     out = [f"locks/{n}.txt: {p.name} has no hash" for n, ps in pins.items() for p in ps if n != "constraints" and not p.hashes]
-    out += [f"locks/{n}.txt names a host" for n, f in files.items() if "://" in f.read_text("utf-8")]
     out += [f"locks/{n}.txt: {p.name} belongs to torch" for n in ("base", "source") for p in pins[n] if is_torch(p)]
     if (e := [f"{p.name}=={p.version}" for p in pins["encoder"]]) != [ENCODER]: out.append(f"locks/encoder.txt has {e}")
     want = {(p.name, p.version, p.marker) for n in ("base", "source") for p in pins[n]}

@@ -2,7 +2,7 @@
 
     python tools/sync.py [FOLDER]   the checkout, or a copy of it
 """
-import os, re, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 
 
@@ -19,9 +19,19 @@ def stale(top):
         if made and not (f.parent/made[1]).resolve().is_file(): yield f.relative_to(top)
 
 
+def only_kernel(top):
+    "Drop from each notebook's own metadata what editors leave there; `nbdev-clean` does the cells."
+    for f in top.glob("nbs/**/*.ipynb"):
+        nb = json.loads(f.read_text("utf-8"))
+        if set(nb["metadata"]) <= {"kernelspec"}: continue
+        nb["metadata"] = {"kernelspec": nb["metadata"]["kernelspec"]}
+        f.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
 def main(top):
     "Returns what is wrong, as sentences."
     before = tracked(top)
+    only_kernel(top)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     for command in (["nbdev-clean"], ["nbdev-export"], [sys.executable, "tools/readme.py"]):
         done = subprocess.run(command, cwd=top, env=dict(os.environ, PATH=path, PYTHONPATH=str(top)), capture_output=True, text=True)
