@@ -17,7 +17,7 @@ WORKERS ?= 2
 ARGS    ?=
 
 STAMP   := $(VENV)/.installed-$(TORCH)
-HOOK    := $(VENV)/etc/jupyter/jupyter_server_config.json
+HOOK    := $(VENV)/etc/jupyter/jupyter_server_config.py
 
 # what llmlab.kit.settings.contained() says: other tools keep their files in the store and not in the home folder
 STORE   := $(or $(LLMLAB_HOME),$(CURDIR)/.llmlab)
@@ -48,7 +48,7 @@ install: $(STAMP) ## everything into .venv, by hash; TORCH=cuda for the CUDA bui
 $(VENV)/bin/python:
 	@python=$$(sh tools/python.sh "$(PYTHON)") && printf '\033[1m%s\033[0m\n' "making $(VENV) with $$python" && "$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(STAMP): pyproject.toml locks/base.txt locks/source.txt locks/torch-$(TORCH).txt locks/encoder.txt | $(VENV)/bin/python
+$(STAMP): pyproject.toml locks/base.txt locks/source.txt locks/torch-$(TORCH).txt locks/encoder.txt tools/jupyter_server_config.py | $(VENV)/bin/python
 	$(call say,installing 1 of 4: everything but torch)
 	@$(call tries,$(PIP) $(HASHED) -r locks/base.txt)
 	@$(call tries,$(PIP) $(HASHED) --no-build-isolation -r locks/source.txt)
@@ -59,7 +59,7 @@ $(STAMP): pyproject.toml locks/base.txt locks/source.txt locks/torch-$(TORCH).tx
 	@$(call tries,$(PIP) $(HASHED) -r locks/encoder.txt)
 	$(call say,installing 4 of 4: llmlab)
 	@$(PIP) --no-build-isolation -e .
-	@mkdir -p $(dir $(HOOK)) && echo '{"ContentsManager": {"pre_save_hook": "nbdev.clean.clean_jupyter"}}' > $(HOOK)
+	@mkdir -p $(dir $(HOOK)) && cp tools/jupyter_server_config.py $(HOOK)
 	@$(PY) tools/lock.py --installed
 	@touch $@
 

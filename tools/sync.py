@@ -2,8 +2,10 @@
 
     python tools/sync.py [FOLDER]   the checkout, or a copy of it
 """
-import json, os, re, subprocess, sys
+import json, os, re, subprocess, sys, tomllib
 from pathlib import Path
+
+from jupyter_server_config import strip
 
 
 def tracked(top):
@@ -19,19 +21,19 @@ def stale(top):
         if made and not (f.parent/made[1]).resolve().is_file(): yield f.relative_to(top)
 
 
-def only_kernel(top):
-    "Drop from each notebook's own metadata what editors leave there; `nbdev-clean` does the cells."
+def strip_all(top):
+    "What JupyterLab's save hook does, for notebooks that were saved by something else."
+    allowed = tomllib.loads((top/"pyproject.toml").read_text("utf-8"))["tool"]["nbdev"]["allowed_cell_metadata_keys"]
     for f in top.glob("nbs/**/*.ipynb"):
-        nb = json.loads(f.read_text("utf-8"))
-        if set(nb["metadata"]) <= {"kernelspec"}: continue
-        nb["metadata"] = {"kernelspec": nb["metadata"]["kernelspec"]}
-        f.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        if ".ipynb_checkpoints" in f.parts: continue
+        strip(nb := json.loads(f.read_text("utf-8")), allowed)
+        if (text := json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + "\n") != f.read_text("utf-8"): f.write_text(text, "utf-8")
 
 
 def main(top):
     "Returns what is wrong, as sentences."
     before = tracked(top)
-    only_kernel(top)
+    strip_all(top)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     for command in (["nbdev-clean"], ["nbdev-export"], [sys.executable, "tools/readme.py"]):
         done = subprocess.run(command, cwd=top, env=dict(os.environ, PATH=path, PYTHONPATH=str(top)), capture_output=True, text=True)
