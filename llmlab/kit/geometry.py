@@ -7,13 +7,14 @@ __all__ = ['GEOMETRIES', 'TASKS', 'PARTS', 'random_config', 'natural_task', 'met
            'geometry_of', 'plot_parts', 'Allocations', 'Memory', 'memory_needed', 'Fit', 'fits']
 
 # %% ../../nbs/kit/04_geometry.ipynb #cad479eb
-import html, weakref
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .settings import UsageError, unknown
+from .stats import Table
 
 # %% ../../nbs/kit/04_geometry.ipynb #c0ef82c8
 def _llama(width, layers, heads, mlp, vocabulary, **more):
@@ -160,23 +161,17 @@ class Geometry:
         "Bytes of activations: the largest moment without gradients, or what is kept for the backward pass."
         return batch * tokens * dtype_bytes(dtype) * (_kept if training else _moment)(self, tokens, cuda)
 
-    def _rows(self):
-        total = self.n_parameters
-        return [*((p, f"{n:,}", f"{n/total:.1%}") for p, n in self.parameters.items() if n), ("all", f"{total:,}", "100.0%")]
-    def _head(self):
+    def table(self)->Table:
+        "Parameters by part."
+        rows = [(p, f"{n:,}", f"{n/self.n_parameters:.1%}") for p, n in self.parameters.items() if n]
+        return Table(("part", "parameters", "share"), (*rows, ("all", f"{self.n_parameters:,}", "")), self._said())
+    def _said(self):
         kv = f" ({self.n_kv_head} for keys and values)" if self.n_kv_head != self.n_head else ""
-        return (f"{self.name}: {self.family}, {self.task}, {self.n_layer} layers, width {self.d_model}, {self.n_head} heads of {self.head_dim}{kv}, MLP {self.d_ff}, "
+        shape = f"{self.n_layer} layers, width {self.d_model}, {self.n_head} heads of {self.head_dim}{kv}, MLP {self.d_ff}"
+        return (f"{self.name}: {self.family}, {self.task}, {shape}, "
             f"vocabulary {self.vocab_size:,}{' (tied)' if self.tied else ''}, {self.max_tokens:,} tokens, {self.weight_bytes()/1e6:,.1f} MB in float32")
-    def __repr__(self): return self._head() + "\n" + _text([("part", "parameters", "share"), *self._rows()])
-    def _repr_html_(self): return f"<p>{html.escape(self._head())}</p>" + _table([("part", "parameters", "share"), *self._rows()])
-
-def _text(rows):
-    widths = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(str(o).ljust(w) if i == 0 else str(o).rjust(w) for i, (o, w) in enumerate(zip(r, widths))) for r in rows)
-
-def _table(rows):
-    cell = lambda tag, i, o: f'<{tag} style="text-align:{"left" if i == 0 else "right"}">{html.escape(str(o))}</{tag}>'
-    return "<table>" + "".join("<tr>" + "".join(cell("td" if n else "th", i, o) for i, o in enumerate(r)) + "</tr>" for n, r in enumerate(rows)) + "</table>"
+    def __repr__(self): return repr(self.table())
+    def _repr_html_(self): return self.table()._repr_html_()
 
 # %% ../../nbs/kit/04_geometry.ipynb #04bfc95e
 def _first(config, *names):
@@ -279,19 +274,20 @@ class Memory:
     "Bytes that a model needs: what there is of each kind, and how much is there together at each moment. The largest moment decides."
     name: str
     parts: dict         # bytes by kind: weights, kv_cache, activations, gradients, optimizer, loss, scratch
-    moments: dict       # bytes by moment: forward; or start of backward, end of backward, update
+    moments: dict       # bytes by moment: in the forward pass; or as backward starts, as backward ends, in the update
     settings: str = ""
 
     @property
     def total_bytes(self)->float: return max(self.moments.values())
 
-    def _rows(self):
-        mb = lambda b: f"{b/1e6:,.1f} MB"
+    def table(self)->Table:
+        "What there is, and how much of it at each moment."
         most = max(self.moments, key=self.moments.get)
-        return ([("kind", "bytes")] + [(k.replace("_", " "), mb(v)) for k, v in self.parts.items() if v]
-            + [(f"at the {k}" if k != "forward" else "forward pass", mb(v) + (" ← decides" if k == most else "")) for k, v in self.moments.items()])
-    def __repr__(self): return f"{self.name}, {self.settings}: {self.total_bytes/1e6:,.1f} MB\n" + _text(self._rows())
-    def _repr_html_(self): return f"<p>{html.escape(self.name)}, {html.escape(self.settings)}: <b>{self.total_bytes/1e6:,.1f} MB</b></p>" + _table(self._rows())
+        parts = [(k.replace("_", " "), f"{v/1e6:,.1f}", "") for k, v in self.parts.items() if v]
+        moments = [(f"together, {k}", f"{v/1e6:,.1f}", "decides" if k == most else "") for k, v in self.moments.items()]
+        return Table(("memory", "MB", ""), (*parts, *moments), f"{self.name}, {self.settings}")
+    def __repr__(self): return repr(self.table())
+    def _repr_html_(self): return self.table()._repr_html_()
 
 # %% ../../nbs/kit/04_geometry.ipynb #b5e1918c
 def memory_needed(
@@ -309,19 +305,20 @@ def memory_needed(
     if training not in (None, "full", "lora"): raise unknown("training", training, ["full", "lora", "None"])
     if optimizer not in _STATES: raise unknown("optimizer", optimizer, _STATES)
     size, weights = dtype_bytes(dtype), g.weight_bytes(dtype)
-    said = ", ".join([f"{training} training with {optimizer}" if training else "inference", f"{batch} × {tokens} tokens", dtype] + [f"rank {lora_rank}"] * (training == "lora"))
+    what = f"{training} training with {optimizer}" + f", rank {lora_rank}" * (training == "lora") if training else "inference"
+    said = f"{what}, {batch} × {tokens} tokens, {dtype}"
     acts = g.activation_bytes(batch, tokens, dtype, training=bool(training), cuda=cuda)
     if not training:
         cache = g.kv_cache_bytes(tokens, batch, dtype) if g.causal else 0
-        return Memory(g.name, dict(weights=weights, kv_cache=cache, activations=acts), dict(forward=weights + cache + acts), said)
+        return Memory(g.name, dict(weights=weights, kv_cache=cache, activations=acts), {"in the forward pass": weights + cache + acts}, said)
     adapter = g.lora * lora_rank * size if training == "lora" else 0
     gradients = adapter or weights
     state = _STATES[optimizer] * gradients
     loss = batch * tokens * (g.vocab_size * (8 + size + (4 if size < 4 else 0)) if g.causal else (g.d_model + g.d_ff) * size)
     scratch = 0 if training == "lora" else 2 * g.largest * size
     standing = weights + adapter + state
-    moments = {"start of backward": standing + acts + loss, "end of backward": standing + gradients + (scratch / 2 if g.tied else 0),
-        "update": standing + gradients + scratch}
+    moments = {"as backward starts": standing + acts + loss, "as backward ends": standing + gradients + (scratch / 2 if g.tied else 0),
+        "in the update": standing + gradients + scratch}
     parts = dict(weights=weights + adapter, optimizer=state, gradients=gradients, activations=acts, loss=loss, scratch=scratch)
     return Memory(g.name, parts, moments, said)
 
