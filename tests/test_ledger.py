@@ -1,0 +1,1 @@
+"Rows, claims and their merging."
