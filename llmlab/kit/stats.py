@@ -32,7 +32,7 @@ def _digits(value, width):
 
 def _prefixed(value, width):
     step = min(max(int(math.log10(abs(value)) // 3), 0), 4) if value else 0
-    return (value / 1000**step, (width or abs(value) / 50 * (step > 0)) / 1000**step, ("B", "kB", "MB", "GB", "TB")[step])
+    return (value / 1000**step, width / 1000**step, ("B", "kB", "MB", "GB", "TB")[step])
 
 # %% ../../nbs/kit/01_stats.ipynb #69482f74
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def median_interval(
     else:
         share, below = 0., -1
         while share <= tail: below += 1; share += math.comb(n, below) / 2**n
-    below = max(below - (n > 1000), 0)
+    below = max(below - 1, 0)
     return x[below], x[n - 1 - below]
 
 # %% ../../nbs/kit/01_stats.ipynb #6e66cca9
