@@ -8,8 +8,7 @@ __all__ = ['Claim', 'judge', 'Claims']
 # %% ../../nbs/kit/07_claims.ipynb #aef587eb
 import html, math
 from dataclasses import dataclass
-from .stats import Estimate, written
-from .tables import Table
+from .stats import Estimate, Table, written
 
 # %% ../../nbs/kit/07_claims.ipynb #8be0e743
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from .settings import ClaimsFailed, Damaged, Settings, Unavailable, UsageError, checkout, runs, unknown
 from .claims import Claim, Claims, judge
-from .stats import Estimate, difference, exact, written
-from .tables import Table, foretold, trade_off
+from .pictures import foretold, trade_off
+from .stats import Estimate, Table, difference, exact, written
 
 # %% ../../nbs/kit/07_ledger.ipynb #37d49fd4
 @dataclass(frozen=True)
