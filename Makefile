@@ -93,6 +93,7 @@ gpu: ## the gpu profile on one CUDA GPU, with the CUDA build of torch
 	@$(BIN)/llmlab run $(or $(ARGS),--profile gpu)
 
 jupyter: install ## JupyterLab on nbs/index.ipynb
+	@mkdir -p $(STORE)/config
 	@$(BIN)/jupyter lab nbs/index.ipynb $(ARGS)
 
 locks: install ## make locks/ again from pyproject.toml; ARGS=--upgrade for the newest versions

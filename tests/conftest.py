@@ -11,8 +11,9 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 
 def pytest_configure(config):
     "Quiet, single-threaded libraries; files of other tools stay in the store, as under `make`."
-    from llmlab.kit.settings import contained
+    from llmlab.kit.settings import contained, home
     for k, v in {**contained(), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}.items(): os.environ.setdefault(k, v)
+    (home()/"config").mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture
