@@ -7,6 +7,7 @@ __all__ = ['Workload', 'Row', 'Book', 'start', 'Ledger', 'read', 'merge', 'paret
 
 # %% ../../nbs/kit/07_ledger.ipynb #5ed0e642
 import hashlib, json, math, os, re, time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from .settings import ClaimsFailed, Damaged, Settings, Unavailable, UsageError, checkout, runs, unknown
@@ -82,12 +83,49 @@ class Row:
         shown = {k: o for k in _columns([self]) if k != "variant" and (o := _cell(self, k)) not in (None, "")}
         return f"{self.variant}: " + ", ".join(f"{_heading(k)} {o}" for k, o in shown.items())
     __repr__ = __str__
-    def _repr_html_(self): return Ledger((self,)).table()._repr_html_()
+    def _repr_html_(self): return _table([self])._repr_html_()
 
 _estimates = ("time_ms", "ratio", "ttft_ms", "tpot_ms", "tokens_per_s", "examples_per_s")
 _units = dict(time_ms="ms", ratio="×", ttft_ms="ms", tpot_ms="ms", tokens_per_s="/s", examples_per_s="/s")
 _bytes = ("size_bytes", "memory_bytes", "peak_memory_bytes")
 _floats = ("predicted_ms", "floor_ms", "floor_fraction", "predicted_ratio")
+
+# %% ../../nbs/kit/07_ledger.ipynb #2288c43c
+_headings = dict(time_ms="time", predicted_ms="predicted", floor_ms="floor", floor_fraction="of the floor", ratio="speed-up",
+    predicted_ratio="predicted speed-up", size_bytes="on disk", memory_bytes="in memory", peak_memory_bytes="peak", ttft_ms="first token", tpot_ms="per token",
+    tokens_per_s="tokens/s", examples_per_s="examples/s")
+
+def _heading(column): return _headings.get(column, column.partition(".")[2] or column.replace("_", " "))
+
+def _figure(row, column):
+    "The value of a column of a row: a field, or quality.x, or metrics.x."
+    kind, _, name = column.partition(".")
+    if kind in ("quality", "metrics") and name: return getattr(row, kind).get(name)
+    if column not in {f.name for f in fields(Row)}: raise unknown("column", column, [f.name for f in fields(Row)])
+    return getattr(row, column)
+
+def _cell(row, column):
+    v = _figure(row, column)
+    if column in _bytes and v is not None: return written(v, "B")
+    if column.endswith("_ms") and isinstance(v, (int, float)): return written(v, "ms")
+    if column == "predicted_ratio" and v is not None: return written(v, "×")
+    if column == "floor_fraction" and v is not None: return f"{v:.0%}"
+    if column == "workload": return str(v) or None
+    return v.brief if isinstance(v, Estimate) else written(v) if isinstance(v, float) else v
+
+def _columns(rows):
+    varies = lambda name: len({getattr(r, name) for r in rows}) > 1
+    figures = [f"quality.{k}" for k in dict.fromkeys(k for r in rows for k in r.quality)]
+    figures += ["time_ms", "ratio", "predicted_ms", "predicted_ratio", "floor_fraction", "tokens_per_s", "examples_per_s", "ttft_ms", "tpot_ms", *_bytes]
+    figures += [f"metrics.{k}" for k in dict.fromkeys(k for r in rows for k in r.metrics)]
+    about = [k for k in ("notebook", "model", "weights", "profile", "device", "seed") if varies(k)] + ["workload"] * (varies("workload") or len(rows) == 1)
+    tail = ["status", "reason"] if any(r.status != "measured" for r in rows) else []
+    return ["variant", *about, *(c for c in figures if any(_figure(r, c) is not None for r in rows)), *tail]
+
+def _table(rows, columns=None):
+    columns = tuple(columns or _columns(rows))
+    cells = tuple(tuple(_cell(r, c) for c in columns) for r in rows)
+    return Table(tuple(map(_heading, columns)), cells, muted=tuple(i for i, r in enumerate(rows) if r.status != "measured"))
 
 # %% ../../nbs/kit/07_ledger.ipynb #fd58ccb0
 def _number(value, name):
@@ -126,7 +164,7 @@ def _write(path, records):
         aside.write_text("".join(_line(r) + "\n" for r in records), "utf-8")
         os.replace(aside, path)
     except OSError as e:
-        aside.unlink(missing_ok=True) if aside.parent.is_dir() and os.access(aside.parent, os.W_OK) else None
+        with suppress(OSError): aside.unlink(missing_ok=True)
         raise Unavailable(f"cannot write {path}: {e.strerror or e}{_room(path)}. Choose another folder with `out_dir`") from e
 
 def _room(path):
@@ -178,9 +216,8 @@ def _revision():
     except (OSError, subprocess.SubprocessError): return None
 
 def _hardware():
-    try: from llmlab.kit import measure
-    except ImportError: return dict(cores=os.cpu_count())
-    return measure.hardware()
+    from llmlab.kit import machine
+    return machine.hardware()
 
 def _have(need, s):
     if need == "evidence": return s.evidence
@@ -246,9 +283,10 @@ class Book:
             if name not in known: raise unknown("figure", name, known)
         model, weights = model or getattr(loaded, "name", None), weights or getattr(loaded, "weights", None)
         work = _workload(workload)
+        if work.threads is None: work = replace(work, threads=self._about["hardware"].get("threads"))
         _check_row(variant, weights, quality, status, reason)
         if isinstance(quality, Estimate): quality = {quality_metric: quality}
-        given = _of_speed(speed, baseline) | _of_forecast(predicted) | {k: v for k, v in figures.items() if v is not None}
+        given = _of_speed(speed, baseline) | _of_forecast(predicted or getattr(speed, "forecast", None)) | {k: v for k, v in figures.items() if v is not None}
         if loaded is not None and "memory_bytes" not in given: given["memory_bytes"] = _in_memory(loaded)
         given = _checked_figures(given)
         if {"time_ms", "floor_ms"} <= set(given): given.setdefault("floor_fraction", given["floor_ms"] / given["time_ms"].value)
@@ -310,7 +348,7 @@ class Book:
         raise ClaimsFailed(f"{len(failed)} of {len(self.claims)} claims of {self.notebook} failed: {which}")
 
 # %% ../../nbs/kit/07_ledger.ipynb #3c8979e6
-def _machine(hardware): return {k: v for k, v in hardware.items() if isinstance(v, (str, int)) and "byte" not in k and "free" not in k}
+def _machine(hardware): return {k: hardware.get(k) for k in ("cpu", "cores", "gpus")}  # what tells machines apart, whatever runs on them
 
 def _check_row(variant, weights, quality, status, reason):
     if not variant: raise UsageError("a row needs the name of its variant")
@@ -325,9 +363,14 @@ def _checked_figures(given):
         return _count(v, name) if name in _bytes else v if name == "ratio_of" else _number(v, name)
     return {k: check(k, v) for k, v in given.items() if v is not None}
 
+_per_ms = dict(ms=1., s=1000., us=.001)
+
 def _of_speed(speed, baseline):
     if speed is None: return {}
-    return dict(time_ms=speed.time, ratio=speed.ratio, ratio_of=getattr(speed, "baseline", None) or baseline)
+    if speed.time.unit not in _per_ms: raise unknown("unit of time", speed.time.unit, _per_ms)
+    time_ms = speed.time if speed.time.unit == "ms" else speed.time.scaled(_per_ms[speed.time.unit], "ms")
+    of = getattr(speed, "baseline", None) or baseline
+    return dict(time_ms=time_ms, ratio=speed.ratio, ratio_of=of, predicted_ratio=getattr(speed, "predicted_ratio", None))
 
 def _of_forecast(predicted):
     if predicted is None: return {}
@@ -364,38 +407,6 @@ def start(
     return Book(notebook, s, s.out_dir/notebook.replace("/", "__") if shared else s.out_dir)
 
 # %% ../../nbs/kit/07_ledger.ipynb #713d08ca
-_headings = dict(time_ms="time", predicted_ms="predicted", floor_ms="floor", floor_fraction="of the floor", ratio="speed-up",
-    predicted_ratio="predicted speed-up", size_bytes="on disk", memory_bytes="in memory", peak_memory_bytes="peak", ttft_ms="first token", tpot_ms="per token",
-    tokens_per_s="tokens/s", examples_per_s="examples/s")
-
-def _heading(column): return _headings.get(column, column.partition(".")[2] or column.replace("_", " "))
-
-def _figure(row, column):
-    "The value of a column of a row: a field, or quality.x, or metrics.x."
-    kind, _, name = column.partition(".")
-    if kind in ("quality", "metrics") and name: return getattr(row, kind).get(name)
-    if column not in {f.name for f in _fields(Row)}: raise unknown("column", column, [f.name for f in _fields(Row)])
-    return getattr(row, column)
-
-def _cell(row, column):
-    v = _figure(row, column)
-    if column in _bytes and v is not None: return written(v, "B")
-    if column.endswith("_ms") and isinstance(v, (int, float)): return written(v, "ms")
-    if column == "predicted_ratio" and v is not None: return written(v, "×")
-    if column == "floor_fraction" and v is not None: return f"{v:.0%}"
-    if column == "workload": return str(v) or None
-    return written(v) if isinstance(v, float) else v
-
-def _columns(rows):
-    varies = lambda name: len({getattr(r, name) for r in rows}) > 1
-    figures = [f"quality.{k}" for k in dict.fromkeys(k for r in rows for k in r.quality)]
-    figures += ["time_ms", "ratio", "predicted_ms", "predicted_ratio", "floor_fraction", "tokens_per_s", "examples_per_s", "ttft_ms", "tpot_ms", *_bytes]
-    figures += [f"metrics.{k}" for k in dict.fromkeys(k for r in rows for k in r.metrics)]
-    about = [k for k in ("notebook", "model", "weights", "profile", "device", "seed") if varies(k)] + ["workload"] * (varies("workload") or len(rows) == 1)
-    tail = ["status", "reason"] if any(r.status != "measured" for r in rows) else []
-    return ["variant", *about, *(c for c in figures if any(_figure(r, c) is not None for r in rows)), *tail]
-
-# %% ../../nbs/kit/07_ledger.ipynb #71817929
 @dataclass(frozen=True)
 class Ledger:
     "Rows and claims, of one notebook or of many."
@@ -403,23 +414,21 @@ class Ledger:
     claims: tuple = ()  # of Claim
 
     def where(self,
-        **fields,  # values of row fields or workload fields, such as chapter="selection", batch=1
+        **values,  # of row fields or workload fields, such as chapter="selection", batch=1
     )->"Ledger":   # with those rows, and all claims of their notebooks
         "The rows that have these values."
-        known = {f.name for kind in (Row, Workload) for f in _fields(kind)}
-        for name in fields:
+        known = {f.name for kind in (Row, Workload) for f in fields(kind)}
+        for name in values:
             if name not in known: raise unknown("row field", name, known)
         get = lambda r, k: getattr(r, k) if hasattr(r, k) else getattr(r.workload, k)
-        rows = tuple(r for r in self.rows if all(get(r, k) == v for k, v in fields.items()))
+        rows = tuple(r for r in self.rows if all(get(r, k) == v for k, v in values.items()))
         return Ledger(rows, tuple(c for c in self.claims if c.notebook in {r.notebook for r in rows}))
 
     def table(self,
         columns=None,  # names of row fields, "quality.accuracy", "metrics.p99_ms"; None: those with a value in some row
     )->Table:          # displayed
         "The rows as a table; skipped and failed ones greyed."
-        columns = tuple(columns or _columns(self.rows))
-        return Table(tuple(map(_heading, columns)), tuple(tuple(_cell(r, c) for c in columns) for r in self.rows),
-                     muted=tuple(i for i, r in enumerate(self.rows) if r.status != "measured"))
+        return _table(self.rows, columns)
 
     def frame(self): # one line a row, one column a figure, `…_low` and `…_high` beside every estimate
         "The rows as a pandas DataFrame of plain numbers."
@@ -440,7 +449,6 @@ class Ledger:
     def pareto(self, x="time", **how): return pareto(self, x, **how)
     def predicted_vs_measured(self, ax=None): return predicted_vs_measured(self, ax)
     def best(self, **how): return best(self, **how)
-_fields = fields
 
 def read(
     folder,     # a run folder, or one that holds run folders
