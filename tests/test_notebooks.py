@@ -1,13 +1,13 @@
 """Every notebook runs from top to bottom under the smoke profile, in a kernel and a folder of its own."""
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from conftest import TOP, notebooks
 from llmlab.kit.settings import budget_s
+from llmlab.lab import engine
 
 pytestmark = pytest.mark.notebooks
 PATIENCE = 4  # times the budget, until a notebook counts as hung: how fast it is on a busy machine decides no test
@@ -19,27 +19,14 @@ def parameters(nb):
     return set(re.findall(r"(?m)^(\w+)\s*=", "\n".join(cells)))
 
 
-def execute(path, folder, name, injected, seconds):
-    "Run one notebook as the lab does; returns what went wrong, or None."
-    if find_spec("llmlab.lab") and find_spec("llmlab.lab.engine"):
-        from llmlab.lab import engine
-        takes = "out_dir" in injected
-        result = engine.execute(path, folder, name, {k: v for k, v in injected.items() if k != "out_dir"}, seconds, takes_out_dir=takes, threads=1)
-        return result["error"] if result["status"] != "ok" else None
-    import papermill
-    folder.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(path), str(folder/"notebook.ipynb"), injected, kernel_name="python3", progress_bar=False, cwd=str(folder),
-        execution_timeout=seconds)
-
-
 @pytest.mark.parametrize("path", notebooks())
 def test_notebook(path, tmp_path):
     nb = json.loads((TOP/path).read_text("utf-8"))
     name = "/".join(re.sub(r"^\d+_", "", o) for o in Path(path).with_suffix("").parts[1:])
-    wanted = dict(profile="smoke", out_dir=str(tmp_path/"run"))
-    injected = {k: v for k, v in wanted.items() if k in parameters(nb)}
-    error = execute(TOP/path, tmp_path/"run", name, injected, PATIENCE*budget_s(name, "smoke"))
-    assert not error, f"{error.get('name')}: {error.get('value')}\n{error.get('source')}\n{error.get('traceback')}"
+    names = parameters(nb)
+    injected = dict(profile="smoke") if "profile" in names else {}
+    result = engine.execute(TOP/path, tmp_path/"run", name, injected, PATIENCE*budget_s(name, "smoke"), takes_out_dir="out_dir" in names, threads=1)
+    assert result["status"] == "ok", "\n".join(str(v) for v in (result["error"] or result).values())
     done = json.loads((tmp_path/"run"/"notebook.ipynb").read_text("utf-8"))
     code = [c for c in done["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
     assert all(o["output_type"] != "error" for c in code for o in c["outputs"])

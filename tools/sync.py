@@ -35,7 +35,7 @@ def main(top):
     before = tracked(top)
     strip_all(top)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    for command in (["nbdev-clean"], ["nbdev-export"], [sys.executable, "tools/readme.py"]):
+    for command in (["nbdev-export"], [sys.executable, "tools/readme.py"]):
         done = subprocess.run(command, cwd=top, env=dict(os.environ, PATH=path, PYTHONPATH=str(top)), capture_output=True, text=True)
         if done.returncode: return [f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"]
     after = tracked(top)
