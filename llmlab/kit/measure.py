@@ -6,7 +6,7 @@
 __all__ = ['time_calls', 'Speed', 'Comparison', 'compare', 'throughput', 'Percentiles', 'percentiles', 'Generation',
            'generation_times', 'Overhead', 'overhead', 'Ceilings', 'Energy', 'Forecast', 'Forecasts', 'GpuCounters',
            'Monitor', 'Peak', 'Work', 'ceilings', 'count_ops', 'energy', 'fresh_process_peak', 'gpu_counters',
-           'hardware', 'peak_memory', 'predict', 'sample', 'synchronise', 'work']
+           'hardware', 'peak_memory', 'predict', 'reader', 'sample', 'synchronise', 'work']
 
 # %% ../../nbs/kit/06_measure.ipynb #9e0844d0
 import gc, math, time
@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from .footprint import Energy, GpuCounters, Monitor, Peak, energy, fresh_process_peak, gpu_counters, peak_memory
-from .machine import (Ceilings, Forecast, Forecasts, Work, ceilings, count_ops, hardware, predict, sample, synchronise, work)
+from .machine import (Ceilings, Forecast, Forecasts, Work, ceilings, count_ops, hardware, predict, reader, sample, synchronise, work)
 from .settings import UsageError, unknown
 from .stats import Estimate, Table, estimate, ratio, written
 
 # %% ../../nbs/kit/06_measure.ipynb #5a8d2d55
 _all_ = ["Ceilings", "Energy", "Forecast", "Forecasts", "GpuCounters", "Monitor", "Peak", "Work", "ceilings", "count_ops", "energy", "fresh_process_peak",
-    "gpu_counters", "hardware", "peak_memory", "predict", "sample", "synchronise", "work"]
+    "gpu_counters", "hardware", "peak_memory", "predict", "reader", "sample", "synchronise", "work"]
 
 # %% ../../nbs/kit/06_measure.ipynb #bcad5acd
 def _calls(fn, device, clock, least_s, most=4096):
@@ -101,6 +101,7 @@ class Comparison(Mapping):
         if name not in self.speeds: raise unknown("variant", name, self.speeds)
         return self.speeds[name]
     def __contains__(self, name): return name in self.speeds
+    def get(self, name, default=None): return self.speeds.get(name, default)
     def __iter__(self): return iter(self.speeds)
     def __len__(self): return len(self.speeds)
 
@@ -136,12 +137,18 @@ class Comparison(Mapping):
             note = "baseline" if name == self.baseline else written(o.ratio.value, "×", o.ratio.high - o.ratio.low)
             ax.annotate(note, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
         shown = [v for line in ax.lines for v in line.get_xdata() if v > 0]
-        if max(shown) > 15*min(shown): ax.set_xscale("log")
+        if max(shown) > 15*min(shown): _plain_log(ax)
         else: ax.set_xlim(left=0)
         ax.set(yticks=range(len(self)), yticklabels=list(self), ylim=(len(self) - .5, -.5), xlabel=f"{o.time.unit} a call")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
         return ax
+
+def _plain_log(ax):
+    "A logarithmic axis whose ticks are plain numbers."
+    from matplotlib.ticker import LogLocator, NullFormatter
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter("{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
 
 def _foreseen(o):
     if not o.forecast: return [None, None, None]
