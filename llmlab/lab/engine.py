@@ -88,9 +88,11 @@ def _client_class():
     class Client(PapermillNotebookClient):
         attempts = 3
 
-        def execute(self, env=None, cwd=None, **kwargs):
+        def execute(self, env=None, cwd=None, budget_s=None, **kwargs):
             self.reset_execution_trackers()
             self._start(env, cwd)
+            deadline = time.monotonic() + budget_s
+            self.timeout_func = lambda cell: max(.5, deadline - time.monotonic())
             try:
                 try: self.papermill_execute_cells()
                 except DeadKernelError as e:
@@ -131,20 +133,32 @@ def _client_class():
     return Client
 
 # %% ../../nbs/lab/01_engine.ipynb #3a9dbf72
-def _register(report, env, cwd, deadline):
-    "Register the engine `llmlab` with papermill for one notebook."
+def _papermill():
+    "papermill and nbformat, without what costs them seconds to import and is of no use here: a grammar of addresses, file systems of clusters."
+    heavy = [o for o in ("rfc3987_syntax", "pyarrow") if o not in sys.modules]
+    for o in heavy: sys.modules[o] = None  # an import of it fails, and its importers do without
+    try:
+        import papermill, nbformat
+    finally:
+        for o in heavy: sys.modules.pop(o, None)
+    return papermill, nbformat
+
+def _register(report, env, cwd, budget_s):
+    "Register the engine `llmlab` with papermill for one notebook. Gives a list whose last element will be the index of the cell begun last."
+    begun_cells = []
     from papermill.engines import NBClientEngine, papermill_engines
 
     class LabEngine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, **kwargs):
+        def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
             code = [i for i, c in enumerate(nb_man.nb.cells) if c.cell_type == "code"]
             def begun(cell, cell_index, **_):
+                begun_cells.append(cell_index)
                 if cell.cell_type == "code": report(event="cell", cell=code.index(cell_index) + 1, cells=len(code))
-            client = _client_class()(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, on_cell_start=begun,
-                timeout_func=lambda cell: max(.5, deadline - time.monotonic()), coalesce_streams=True)
-            return client.execute(env=env, cwd=cwd)
+            client = _client_class()(nb_man, kernel_name=kernel_name, startup_timeout=45, on_cell_start=begun, coalesce_streams=True)
+            return client.execute(env=env, cwd=cwd, budget_s=budget_s)
     papermill_engines.register("llmlab", LabEngine)
+    return begun_cells
 
 # %% ../../nbs/lab/01_engine.ipynb #41844ef5
 _ansi = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -253,25 +267,14 @@ def notebook_page(
 # %% ../../nbs/lab/01_engine.ipynb #ed869ace
 _by_class = dict(ClaimsFailed="claims", Unavailable="unavailable", Damaged="unavailable", UsageError="usage")
 
-def _failed_cell(nb, said, name):
-    "Write into the first unfinished cell what happened to it; papermill calls it completed."
+def _mark_cell(cell, name, said):
+    "Write into a cell what happened to it; papermill calls it completed."
     import nbformat
-    for i, cell in enumerate(nb.cells):
-        if _was_cut(cell) or _is_running(cell):
-            cell.metadata["papermill"] = {**(cell.metadata.get("papermill") or {}), "status": "failed", "exception": True}
-            cell.setdefault("outputs", []).append(nbformat.v4.new_output("error", ename=name, evalue=said, traceback=[f"{name}: {said}"]))
-            return i, cell.source
-    return None, ""
+    cell.metadata["papermill"] = {**(cell.metadata.get("papermill") or {}), "status": "failed", "exception": True}
+    if cell.cell_type == "code": cell.setdefault("outputs", []).append(nbformat.v4.new_output("error", ename=name, evalue=said, traceback=[f"{name}: {said}"]))
 
-def _is_running(cell):
-    return cell.cell_type == "code" and (cell.metadata.get("papermill") or {}).get("status") == "running"
-
-def _was_cut(cell):
-    skipped = "skip-execution" in cell.metadata.get("tags", [])
-    return cell.cell_type == "code" and bool(cell.source.strip()) and not skipped and cell.get("execution_count") is None
-
-def _error(nb, e):
-    "Status and description of what ended a notebook."
+def _error(nb, e, at):
+    "Status and description of what ended a notebook in the cell with index `at`."
     from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
     if isinstance(e, PapermillExecutionError):
@@ -281,29 +284,30 @@ def _error(nb, e):
         return status, dict(cell=code, name=e.ename, value=e.evalue, source=e.source, traceback=trace)
     status, name = ("timeout", "OverBudget") if isinstance(e, CellTimeoutError) else ("killed", "KernelKilled") if isinstance(e, KernelKilled) else (
         "unavailable", "NoKernel") if isinstance(e, NoKernel) else ("unavailable", "NoRoom") if isinstance(e, OSError) else ("error", type(e).__name__)
-    said = "the notebook took longer than its budget" if status == "timeout" else str(no_room(e, Path("."))) if isinstance(e, OSError) else str(e)
-    if isinstance(e, (NoKernel, OSError)): return status, dict(cell=None, name=name, value=said, source="", traceback="")
-    at, source = _failed_cell(nb, said, name)
-    return status, dict(cell=None if at is None else sum(c.cell_type == "code" for c in nb.cells[:at + 1]), name=name, value=said, source=source, traceback="")
+    said = dict(timeout="the notebook took longer than its budget").get(status) or (str(no_room(e, Path("."))) if name == "NoRoom" else str(e))
+    error = dict(cell=None, name=name, value=said, source="", traceback="")
+    if at is not None and at < len(nb.cells) and name not in ("NoKernel", "NoRoom"):
+        _mark_cell(nb.cells[at], name, said)
+        error |= dict(cell=sum(c.cell_type == "code" for c in nb.cells[:at + 1]), source=nb.cells[at].source)
+    return status, error
 
 def execute(
     path:Path,               # the notebook
     folder:Path,             # its run folder, where it works and writes
     name:str,                # such as "selection/candidates"
     parameters:dict,         # injected; `out_dir` is added if the notebook has it
-    budget_s:float,          # from the kernel's start on
+    budget_s:float,          # from the kernel's first answer on
     takes_out_dir:bool=True, # whether the notebook has a parameter `out_dir`
     threads:int|None=None,   # of the kernel, None for as the user has it
     mark:str="",             # of all its processes
     report=lambda **event: None,  # called with events: cell, cells
 )->dict:                     # status, seconds, error
     "Execute one notebook. The executed notebook and its page are written in every case; what went wrong is returned, not raised."
-    import nbformat
-    import papermill
+    papermill, nbformat = _papermill()
     folder = Path(folder).resolve()
     for o in (folder, home()/"config"): o.mkdir(parents=True, exist_ok=True)
     partial, started, nb, error, status = folder/".partial.ipynb", time.monotonic(), None, None, "ok"
-    _register(report, environment(mark, threads), str(folder), started + budget_s)
+    begun = _register(report, environment(mark, threads), str(folder), budget_s)
     escape = lambda p: str(p).replace("{", "{{").replace("}", "}}")
     try:
         nb = papermill.execute_notebook(escape(path), escape(partial), {**parameters, **(dict(out_dir=".") if takes_out_dir else {})}, engine_name="llmlab",
@@ -311,7 +315,7 @@ def execute(
     except Exception as e:
         try: nb = nbformat.read(partial, 4)
         except Exception: nb = nbformat.read(path, 4)
-        status, error = _error(nb, e)
+        status, error = _error(nb, e, begun[-1] if begun else None)
     seconds = time.monotonic() - started
     extra = {str(folder): ".", str(folder.parent): ".."}
     clean_notebook(nb, name, extra)
@@ -340,7 +344,7 @@ def list_recipes(
     "What a module's `recipes(s)` asks for."
     from llmlab.kit import store
     s, found = _recipes(job)
-    return dict(status="ok", recipes=[dict(index=i, name=getattr(r, "__name__", str(r)), arguments=_arguments(a),
+    return dict(status="ok", recipes=[dict(index=i, name=r.name.split(".")[-1], arguments=_arguments(a),
         key=str(store.key(r, device=s.device, **a))) for i, (r, a) in enumerate(found)])
 
 def build_recipe(

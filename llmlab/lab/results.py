@@ -56,7 +56,7 @@ def merged(
     last = {}
     rank = lambda r: (r.get("written") or 0, json.dumps(r, sort_keys=True))
     for r in rows:
-        key = r.get("id") or json.dumps(r, sort_keys=True)
+        key = r["id"] if r.get("id") is not None else json.dumps(r, sort_keys=True)
         if key not in last or rank(r) > rank(last[key]): last[key] = r
     return sorted(last.values(), key=lambda r: (str(r.get("notebook")), *rank(r)))
 

@@ -104,7 +104,8 @@ def work(
 def interruptible():
     "SIGINT, SIGTERM and SIGHUP raise `KeyboardInterrupt` here, once; further ones are ignored until the block is left."
     if threading.current_thread() is not threading.main_thread():
-        yield; return
+        yield
+        return
     names = [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
     def stop(number, frame):
         for s in names: signal.signal(getattr(signal, s), signal.SIG_IGN)
@@ -245,7 +246,7 @@ def _execute(p, todo, results, folder, mark, log, show):
         _clear(folder/r.slug)
         jobs.append(dict(do="notebook", id=r.notebook, name=r.notebook, mark=f"{mark}/n-{r.slug}", path=str(item.notebook.path),
             folder=str(folder/r.slug), parameters=item.parameters, takes_out_dir="out_dir" in item.notebook.parameters, threads=threads,
-            budget_s=item.budget_s, limit_s=item.budget_s + 60))
+            budget_s=item.budget_s, limit_s=item.budget_s + 150))  # a kernel may need three attempts to start
     def tell(job, event):
         if job:
             r = results[job["id"]]

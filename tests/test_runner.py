@@ -1,0 +1,365 @@
+"""The runner: what is refused, what is kept, and what happens when things go wrong. All notebooks here are tiny fakes."""
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from llmlab.kit.settings import Unavailable, UsageError
+from llmlab.lab import engine, plan as plans, runner
+from llmlab.lab.results import exit_status, find_run, merged, read_run
+
+v4 = nbformat.v4
+SMOKE_BUDGET = 60
+
+
+def write_notebook(folder, path, *cells, parameters='profile = "tiny"\nseed = 0\nout_dir = ""'):
+    "A notebook with a parameter cell and these code cells."
+    file = folder/path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    first = [v4.new_code_cell(parameters, metadata=dict(tags=["parameters"]))] if parameters else []
+    nb = v4.new_notebook(cells=[v4.new_markdown_cell(f"# {file.stem}\n> Small."), *first, *map(v4.new_code_cell, cells)],
+        metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
+    nbformat.write(nb, file)
+    return file
+
+
+@pytest.fixture
+def course(tmp_path): return tmp_path/"nbs"
+
+
+@pytest.fixture
+def go(course, tmp_path):
+    "Run the fake course under smoke."
+    return lambda *names, **how: runner.run(names, "smoke", folder=course, out=tmp_path/"runs", **how)
+
+
+def command(course, out, *more):
+    return [sys.executable, "-c", "from llmlab.lab.cli import main; main()", "run", "--profile", "smoke", "--notebooks", str(course), "--out", str(out), *more]
+
+
+def family(mark):
+    "Living processes that carry a variable of the environment."
+    found = []
+    for p in psutil.process_iter():
+        try:
+            if p.environ().get("LLMLAB_TEST") == mark and p.status() != psutil.STATUS_ZOMBIE: found.append(p)
+        except (psutil.Error, OSError): continue
+    return found
+
+
+def wait_for(what, seconds=60):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := what(): return found
+        time.sleep(.05)
+    raise AssertionError("waited in vain")
+
+
+# refused before a kernel starts
+
+@pytest.mark.parametrize("how, said", [
+    (dict(names=["nochapter"]), "unknown chapter or part 'nochapter'"),
+    (dict(names=["demo/nopart"]), "Did you mean demo/one"),
+    (dict(profile="tinny"), "Did you mean tiny"),
+    (dict(parameters=dict(sead="1")), "Did you mean seed"),
+    (dict(parameters=dict(seed="one")), "whole number"),
+    (dict(parameters=dict(seed="-1")), "out of range"),
+    (dict(device="gpu9"), "unknown device"),
+    (dict(jobs=0), "--jobs"),
+    (dict(budget=0), "--budget"),
+])
+def test_refused(course, tmp_path, how, said):
+    write_notebook(course, "01_demo/01_one.ipynb", "1")
+    with pytest.raises(UsageError, match=said): runner.run(**{**dict(profile="smoke"), **how}, folder=course, out=tmp_path/"runs")
+    assert not (tmp_path/"runs").exists()
+
+
+def test_a_device_that_is_not_here(course, tmp_path):
+    write_notebook(course, "01_demo/01_one.ipynb", "1")
+    with pytest.raises(Unavailable, match="cuda:77"): runner.run((), "smoke", "cuda:77", folder=course, out=tmp_path/"runs")
+
+
+def test_names_and_the_default_set(course):
+    for path in ("index.ipynb", "kit/00_a.ipynb", "lab/00_b.ipynb", "01_demo/01_one.ipynb", "01_demo/.ipynb_checkpoints/01_one.ipynb", "02_more/09_exercises.ipynb"):
+        write_notebook(course, path, "1")
+    found = plans.notebooks(course)
+    assert [n.name for n in found] == ["kit/a", "demo/one", "more/exercises", "lab/b"]
+    assert [n.name for n in plans.select(found)] == ["demo/one", "more/exercises"]
+    for name in ("demo", "01_demo", "demo/one", "01_demo/01_one", "nbs/01_demo/01_one.ipynb", "./nbs/01_demo/"):
+        assert [n.name for n in plans.select(found, [name])] == ["demo/one"]
+    assert [n.name for n in plans.select(found, ["more", "kit", "more/exercises"])] == ["kit/a", "more/exercises"]
+
+
+def test_parameters_reach_those_that_have_them(course):
+    write_notebook(course, "01_demo/01_one.ipynb", "1")
+    write_notebook(course, "01_demo/02_two.ipynb", "1", parameters='profile = "tiny"\nrate: float = .1\nfast = True\nname = ""')
+    write_notebook(course, "01_demo/03_three.ipynb", "1", parameters="")
+    given = plans.parse_parameters(["seed=3", "rate=2", "fast=no", "name=a=b"])
+    mine = plans.parameters_for(plans.notebooks(course), given, "smoke")
+    assert mine == {"demo/one": dict(profile="smoke", seed=3), "demo/two": dict(profile="smoke", rate=2., fast=False, name="a=b"), "demo/three": {}}
+    for wrong in ("seed", "=1", "a b=1", "profile=tiny", "out_dir=x"):
+        with pytest.raises(UsageError): plans.parse_parameters([wrong])
+
+
+def test_a_file_that_is_no_notebook(course):
+    write_notebook(course, "01_demo/01_one.ipynb", "1").write_text('{"cells": ')
+    with pytest.raises(UsageError, match="01_one.ipynb is not a notebook"): plans.notebooks(course)
+
+
+def test_inputs_change_with_everything_that_enters(course):
+    file = write_notebook(course, "01_demo/01_one.ipynb", "1")
+    key = lambda **how: plans.plan((), **{**dict(profile="smoke"), **how}, folder=course).items[0].inputs
+    first = key()
+    assert first == key() == key(device="cpu") or "device" not in plans.notebooks(course)[0].parameters
+    assert len({first, key(profile="tiny"), key(parameters=dict(seed="1"))}) == 3
+    nb = nbformat.read(file, 4)
+    nb.metadata["x"] = 1
+    nb.cells[-1].outputs = [v4.new_output("stream", text="an output")]
+    nbformat.write(nb, file)
+    assert key() == first
+    write_notebook(course, "01_demo/01_one.ipynb", "2")
+    assert key() != first
+
+
+# runs
+
+def test_run_and_resume(course, go, tmp_path):
+    write_notebook(course, "01_demo/01_one.ipynb", "import os, json\nopen('rows.jsonl', 'w').write(json.dumps(dict(id='a', notebook='demo/one', written=1, variant='v')))",
+        "os.getcwd(), profile, out_dir, seed")
+    counter = tmp_path/"counter"
+    write_notebook(course, "01_demo/02_two.ipynb", f"open({str(counter)!r}, 'a').write('x')\nassert len(open({str(counter)!r}).read()) > 1, 'the first time'")
+    first = go(parameters=dict(seed="5"))
+    assert [r.status for r in first.results] == ["ok", "error"] and first.exit_status == 3
+    error = first.results[1].error
+    assert error["name"] == "AssertionError" and error["value"] == "the first time" and "assert len" in error["source"] and error["cell"] == 3
+    second = go(parameters=dict(seed="5"))
+    assert second.folder == first.folder and [(r.status, r.kept) for r in second.results] == [("ok", True), ("ok", False)] and second.exit_status == 0
+    third = go(parameters=dict(seed="5"))
+    assert [r.kept for r in third.results] == [True, True] and counter.read_text() == "xx"
+    assert go(parameters=dict(seed="5"), fresh=True).folder != first.folder and counter.read_text() == "xxx"
+    assert go(parameters=dict(seed="6")).folder != first.folder
+    one = first.folder/"demo__one"
+    text = (one/"notebook.html").read_text() + (one/"notebook.ipynb").read_text() + (first.folder/"run.json").read_text()
+    assert str(tmp_path) not in text and "5)" in text and "<script src" not in text and "https://" not in text
+    assert json.loads((first.folder/"rows.jsonl").read_text())["variant"] == "v"
+    verdict = json.loads((first.folder/"verdict.json").read_text())
+    assert verdict["verdict"] == "held" and verdict["exit_status"] == 0 and [n["status"] for n in verdict["notebooks"]] == ["ok", "ok"]
+    assert not list(first.folder.rglob(".*")), "nothing half-written is left"
+
+
+def claim(verdict): return dict(id=verdict, notebook="demo/one", text=f"a claim that is {verdict}, <&\"\x00", verdict=verdict, value=dict(value=1.5), at_most=1, reason="so")
+
+
+def test_claims_decide(course, go):
+    cells = f"import json\nopen('claims.jsonl', 'w').write(''.join(json.dumps(c) + chr(10) for c in {[claim(v) for v in ('held', 'failed', 'skipped')]!r}))"
+    write_notebook(course, "01_demo/01_one.ipynb", cells, "class ClaimsFailed(ValueError): pass\nraise ClaimsFailed('1 of 3')")
+    done = go()
+    assert done.exit_status == 1 and done.verdict == "failed" and done.counts() == dict(held=1, failed=1, skipped=1) and done.results[0].status == "claims"
+    suites = xml.parse(done.folder/"junit.xml").getroot()
+    cases = list(suites.iter("testcase"))
+    assert [[e.tag for e in c] for c in cases] == [[], ["failure"], [], ["skipped"]] or {tuple(e.tag for e in c) for c in cases} == {(), ("failure",), ("skipped",)}
+    assert suites.get("tests") == "4" and suites.get("failures") == "1" and suites.get("skipped") == "1" and len(cases) == 4
+    assert go().results[0].kept, "a failed claim is a result, too"
+
+
+def test_errors_of_the_project_keep_their_exit_status(course, go):
+    for i, name in enumerate(("Unavailable", "UsageError", "Damaged")):
+        write_notebook(course, f"01_demo/0{i}_{name.lower()}.ipynb", f"from llmlab.kit.settings import {name}\nraise {name}('so')")
+    assert [r.status for r in go().results] == ["unavailable", "usage", "unavailable"]
+    assert [exit_status([r]) for r in ("unavailable", "usage")] == [4, 2]
+
+
+def test_a_killed_kernel_is_noticed_and_resumed(course, go, tmp_path):
+    flag = tmp_path/"flag"
+    write_notebook(course, "01_demo/01_one.ipynb", "'before'", f"import os, signal, pathlib\nif not pathlib.Path({str(flag)!r}).exists(): os.kill(os.getpid(), signal.SIGKILL)")
+    write_notebook(course, "01_demo/02_two.ipynb", "1")
+    started = time.monotonic()
+    done = go()
+    assert time.monotonic() - started < 40
+    assert [r.status for r in done.results] == ["killed", "ok"] and done.exit_status == 3
+    assert "signal 9" in done.results[0].error["value"] and "SIGKILL" in done.results[0].error["source"]
+    nb = nbformat.read(done.folder/"demo__one"/"notebook.ipynb", 4)
+    assert "before" in json.dumps(nb.cells) and any(o.output_type == "error" for c in nb.cells for o in c.get("outputs", []))
+    flag.touch()
+    assert [(r.status, r.kept) for r in go().results] == [("ok", False), ("ok", True)]
+
+
+def test_over_budget(course, go):
+    write_notebook(course, "01_demo/01_one.ipynb", "print('so far', flush=True)\nimport time\nfor i in range(1000):\n    try: time.sleep(100)\n    except KeyboardInterrupt: pass")
+    started = time.monotonic()
+    done = go(budget=2 / SMOKE_BUDGET)
+    r = done.results[0]
+    assert r.status == "timeout" and done.exit_status == 3 and time.monotonic() - started < 30
+    assert "budget of 2 s" in r.error["value"] and "--budget" in r.error["value"] and "time.sleep" in r.error["source"]
+    assert "so far" in (done.folder/"demo__one"/"notebook.html").read_text()
+
+
+def test_a_kernel_that_does_not_start_is_tried_again(course, tmp_path, monkeypatch):
+    file = write_notebook(course, "01_demo/01_one.ipynb", "6 * 7")
+    real, addresses = engine._address, []
+    def sometimes():
+        addresses.append(real() if addresses else ("ipc", "/nowhere/at/all", None))
+        return addresses[-1]
+    monkeypatch.setattr(engine, "_address", sometimes)
+    done = engine.execute(file, tmp_path/"run", "demo/one", {}, 30)
+    assert done["status"] == "ok" and len(addresses) == 2
+
+
+def test_recipes_are_made_first_and_once(course, go, tmp_path, monkeypatch, fresh_home):
+    package = tmp_path/"lib"/f"course_{uuid.uuid4().hex[:8]}"/"demo"
+    package.mkdir(parents=True)
+    for o in (package, package.parent): (o/"__init__.py").touch()
+    made = tmp_path/"made"
+    (package/"one.py").write_text(f'''
+from llmlab.kit.store import recipe
+@recipe(version=1)
+def weights(folder, *, n):
+    if n == 13: raise RuntimeError("no luck")
+    (folder/"w.txt").write_text("w" * n)
+    open({str(made)!r}, "a").write(f"{{n}} ")
+def recipes(s): return [(weights, dict(n=1)), (weights, dict(n=s.seed))]
+''')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path/"lib"))
+    monkeypatch.syspath_prepend(str(tmp_path/"lib"))
+    cell = "#| default_exp demo.one\n1"
+    write_notebook(course, "01_demo/01_one.ipynb", cell)
+    write_notebook(course, "01_demo/02_two.ipynb", cell, "# the same module")
+    how = dict(package=package.parent.name)
+    assert go(parameters=dict(seed="2"), **how).exit_status == 0
+    assert sorted(made.read_text().split()) == ["1", "2"]
+    done = go(parameters=dict(seed="13"), **how)
+    assert {r.status for r in done.results} == {"error"} and "weights n=13 could not be made: no luck" in done.results[0].error["value"]
+
+
+# interrupted
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_no_kernel_and_the_run_goes_on_later(course, tmp_path, number):
+    flag, begun, mark = tmp_path/"flag", tmp_path/"begun", uuid.uuid4().hex
+    write_notebook(course, "01_demo/01_one.ipynb", "1")
+    write_notebook(course, "01_demo/02_two.ipynb", f"""import pathlib, subprocess, time
+if not pathlib.Path({str(flag)!r}).exists():
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    pathlib.Path({str(begun)!r}).touch(); time.sleep(600)""")
+    process = subprocess.Popen(command(course, tmp_path/"runs"), env={**os.environ, "LLMLAB_TEST": mark}, stdout=subprocess.PIPE, text=True)
+    wait_for(begun.exists)
+    assert len(family(mark)) >= 4
+    process.send_signal(number)
+    time.sleep(.1)
+    process.send_signal(number)
+    said = process.communicate(timeout=40)[0]
+    assert process.returncode == 130 and "no kernel is left" in said
+    assert not family(mark)
+    done = read_run(find_run("latest", tmp_path/"runs"))
+    assert done.verdict == "interrupted" and json.loads((done.folder/"verdict.json").read_text())["exit_status"] == 130
+    flag.touch()
+    again = subprocess.run(command(course, tmp_path/"runs"), capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and "1 kept" in again.stdout
+
+
+def test_a_killed_command_takes_its_kernels_along(course, tmp_path):
+    begun, mark = tmp_path/"begun", uuid.uuid4().hex
+    write_notebook(course, "01_demo/01_one.ipynb", f"import pathlib, time\npathlib.Path({str(begun)!r}).touch(); time.sleep(600)")
+    process = subprocess.Popen(command(course, tmp_path/"runs"), env={**os.environ, "LLMLAB_TEST": mark}, stdout=subprocess.DEVNULL)
+    wait_for(begun.exists)
+    process.kill(); process.wait()
+    wait_for(lambda: not family(mark), 20)
+
+
+def test_a_worker_that_is_killed_costs_one_notebook(course, go, tmp_path):
+    flag = tmp_path/"flag"
+    write_notebook(course, "01_demo/01_one.ipynb", f"import os, signal, time, pathlib\npathlib.Path({str(flag)!r}).touch()\nos.kill(os.getppid(), signal.SIGKILL); time.sleep(60)")
+    write_notebook(course, "01_demo/02_two.ipynb", "1")
+    done = go()
+    assert [r.status for r in done.results] == ["killed", "ok"] and "process that executes it ended" in done.results[0].error["value"]
+
+
+# several at once
+
+def test_two_runs_at_once(course, tmp_path):
+    write_notebook(course, "01_demo/01_one.ipynb", "import time; time.sleep(1)")
+    both = [subprocess.Popen(command(course, tmp_path/"runs"), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=90)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert len(list((tmp_path/"runs").glob("*/verdict.json"))) == 2
+
+
+def test_side_by_side(course, go):
+    for i in range(4): write_notebook(course, f"01_demo/0{i}_part{i}.ipynb", f"import os\nos.environ['OMP_NUM_THREADS'], {i}")
+    done = go(jobs=2)
+    assert done.exit_status == 0
+    for i in range(4): assert f", {i})" in (done.folder/f"demo__part{i}"/"notebook.html").read_text().replace("&#39;", "'")
+
+
+# a file system that refuses
+
+def test_nothing_half_written_on_a_full_disk(tmp_path, monkeypatch):
+    plans.write_whole(tmp_path/"x.json", "old")
+    def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(plans.os, "replace", full)
+    with pytest.raises(Unavailable, match="disk is full.*MB are free"): plans.write_whole(tmp_path/"x.json", "new")
+    assert os.listdir(tmp_path) == ["x.json"] and (tmp_path/"x.json").read_text() == "old"
+
+
+def test_a_disk_that_is_full_in_the_middle(course, tmp_path):
+    "A limit on the size of files stands for the full disk: everything larger than 40 kB is refused by the system."
+    write_notebook(course, "01_demo/01_one.ipynb", "'x' * 100_000")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    done = subprocess.run(command(course, tmp_path/"runs"), capture_output=True, text=True, timeout=60, preexec_fn=limit)
+    assert done.returncode == 4, done.stdout + done.stderr
+    folder = find_run("latest", tmp_path/"runs")
+    assert read_run(folder).results[0].status == "unavailable" and not list(folder.rglob(".aside*"))
+    again = subprocess.run(command(course, tmp_path/"runs"), capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0
+
+
+@pytest.mark.parametrize("code, said", [(errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission denied")])
+def test_a_folder_that_cannot_be_written(course, tmp_path, monkeypatch, code, said):
+    write_notebook(course, "01_demo/01_one.ipynb", "1")
+    real = Path.mkdir
+    def refuse(self, *args, **kw):
+        if "runs" in self.parts: raise OSError(code, os.strerror(code))
+        return real(self, *args, **kw)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(Unavailable, match=f"{said}.*--out FOLDER"): runner.run((), "smoke", folder=course, out=tmp_path/"runs")
+
+
+def test_signals_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with runner.interruptible(): assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+    inside = []
+    thread = threading.Thread(target=lambda: [inside.append(1) for _ in [0] if runner.interruptible().__enter__() is None])
+    thread.start(); thread.join()
+    assert inside
+
+
+def test_merging_does_not_depend_on_the_order():
+    rows = [dict(id=i % 3, notebook="n", written=w, x=x) for i, (w, x) in enumerate([(1, "a"), (2, "b"), (3, "c"), (4, "d"), (2, "e"), (3, "c")])]
+    assert merged(rows) == merged(rows[::-1]) == merged(rows + rows) and len(merged(rows)) == 3
+
+
+def test_a_run_with_damaged_files(tmp_path):
+    with pytest.raises(UsageError, match="holds no run"): read_run(tmp_path)
+    with pytest.raises(UsageError, match="no run yet"): find_run("latest", tmp_path)
+    run = tmp_path/"20260101-000000-tiny"
+    plans.write_json(run/"run.json", dict(profile="tiny", notebooks=[dict(notebook="a/b", inputs="1", budget_s=1)]))
+    (run/"a__b").mkdir()
+    (run/"a__b"/"result.json").write_text("{")
+    (run/"a__b"/"rows.jsonl").write_text('{"id": "x", "notebook": "a/b"}\n{"id": ')
+    got = read_run(run)
+    assert got.results[0].status == "waiting" and len(got.rows) == 1 and got.exit_status == 130
+    with pytest.raises(UsageError, match="unknown run"): find_run("nosuch", tmp_path)
+    assert find_run("tiny", tmp_path) == find_run("20260101", tmp_path) == run
