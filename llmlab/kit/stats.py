@@ -26,7 +26,7 @@ def written(
 
 def _digits(value, width):
     if value and (abs(value) >= 1e9 or abs(value) < 1e-4): return f"{value:.3g}"
-    if 0 < width < math.inf: places = min(max(1 - math.floor(math.log10(width / 2)), 0), 6)
+    if 0 < width / 2 < math.inf: places = min(max(1 - math.floor(math.log10(width / 2)), 0), 6)
     else: return f"{value:,.4f}".rstrip("0").rstrip(".") if abs(value) >= 1000 else f"{value:.4g}"
     text = f"{value:,.{places}f}"
     return text[1:] if text.startswith("-") and not text.strip("-0.,") else text
@@ -184,13 +184,10 @@ def median_interval(
     level:float=.95,   # of confidence
 )->tuple[float, float]:# two of the observations; fewer than six cannot reach 95 %, and the smallest and largest are given
     "The interval of a median between two sorted observations, exact for any distribution (Thompson 1936)."
-    x, n, tail = sorted(map(float, x)), len(x), (1 - level) / 2
-    if n > 1000: below = math.floor((n + NormalDist().inv_cdf(tail) * math.sqrt(n)) / 2)
-    else:
-        share, below = 0., -1
-        while share <= tail: below += 1; share += math.comb(n, below) / 2**n
-    below = max(below - 1, 0)
-    return x[below], x[n - 1 - below]
+    from scipy.stats import binom
+    x = sorted(map(float, x))
+    below = max(int(binom.ppf((1 - level) / 2, len(x), .5)) - 1, 0)
+    return x[below], x[-1 - below]
 
 # %% ../../nbs/kit/01_stats.ipynb #6e66cca9
 _bca_limit = 1000        # observations
@@ -314,13 +311,19 @@ def minimum_detectable_effect(
     paired:bool=True,   # one sample of differences, else two independent samples
 )->float:               # in the unit of the observations
     "The smallest difference of means that a t-test of this size would find. Raises `UsageError` for n below 2."
-    from statsmodels.stats.power import TTestIndPower, TTestPower
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
     if n < 2: raise UsageError(f"an effect needs at least 2 observations to be seen, got n={n}")
-    if not 0 < power < 1 or not 0 < level < 1: raise UsageError(f"power and level must lie between 0 and 1, got {power} and {level}")
-    sd = float(sd_or_samples) if isinstance(sd_or_samples, (int, float)) else float(_observations(sd_or_samples).std(ddof=1))
-    if not math.isfinite(sd) or sd < 0: raise UsageError(f"a standard deviation must be 0 or more, got {sd}: two observations at least")
-    solve = TTestPower().solve_power if paired else TTestIndPower().solve_power
-    return sd * float(solve(effect_size=None, alpha=1 - level, power=power, **({"nobs": n} if paired else {"nobs1": n})))
+    if not 0 < level < 1 or not 1 - level < power < 1: raise UsageError(f"level must lie between 0 and 1, power between 1 - level and 1; got {level}, {power}")
+    if isinstance(sd_or_samples, (int, float)): sd = float(sd_or_samples)
+    elif len(x := _observations(sd_or_samples)) < 2: raise UsageError("one observation has no spread: pass two at least, or a standard deviation")
+    else: sd = float(x.std(ddof=1))
+    if not math.isfinite(sd) or sd < 0: raise UsageError(f"a standard deviation must be 0 or more, got {sd}")
+    free = n - 1 if paired else 2 * n - 2
+    edge = t.ppf((1 + level) / 2, free)                    # what the t statistic must exceed
+    below = lambda x, shift: p if (p := float(nct.cdf(x, free, shift))) == p else 0.    # scipy gives NaN for what is too small to matter
+    missed = lambda shift: below(edge, shift) - below(-edge, shift) - (1 - power)
+    return sd * float(brentq(missed, 0., 5 * edge + 10)) * math.sqrt((1 if paired else 2) / n)
 
 # %% ../../nbs/kit/01_stats.ipynb #d0277854
 @dataclass(frozen=True)
