@@ -342,14 +342,14 @@ def random_tokenizer(
 def encode(
     loaded:Loaded,           # an encoder
     texts,                   # n strings
-    pool:str="mean",         # mean of the tokens, pooler (BERT's layer on the first token), or cls (the first token)
+    pool="mean",             # mean of the tokens, pooler (BERT's layer on the first token), cls (the first token), or a function: output with hidden states, mask (B, T) → (B, d)
     batch_size:int=32,       # texts at a time
     max_tokens:int|None=None,# longer texts are cut; None: 256, or less if the model has fewer positions
     progress:bool=False,     # show a bar
 )->torch.Tensor:             # (n, d_model), float32, on the CPU
     "One vector a text. Raises `UsageError` for a pool that the model does not have."
     model, tok, texts = getattr(loaded.model, "base_model", loaded.model), loaded.tokenizer, list(texts)
-    if pool not in ("mean", "pooler", "cls"): raise unknown("pool", pool, ["mean", "pooler", "cls"])
+    if not callable(pool) and pool not in ("mean", "pooler", "cls"): raise unknown("pool", pool, ["mean", "pooler", "cls"])
     if pool == "pooler" and (getattr(model, "pooler", None) is None or any(part_of(k) == "pooler" for k in loaded.fresh)):
         raise UsageError(f"{loaded.name} has no trained pooler; use pool='mean' or 'cls'")
     if not texts: return torch.zeros(0, model.config.hidden_size)
@@ -358,7 +358,7 @@ def encode(
     ids = tok(texts, truncation=True, max_length=limit, add_special_tokens=True)["input_ids"]
     ids = [o or [tok.eos_token_id or tok.pad_token_id or 0] for o in ids]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    out = torch.empty(len(ids), model.config.hidden_size)
+    out = None
     starts = range(0, len(order), batch_size)
     if progress:
         from tqdm.auto import tqdm
@@ -366,7 +366,9 @@ def encode(
     with torch.inference_mode():
         for i in starts:
             take = order[i:i + batch_size]
-            out[take] = _vectors(model, [ids[j] for j in take], tok.pad_token_id or 0, pool).float().cpu()
+            vectors = _vectors(model, [ids[j] for j in take], tok.pad_token_id or 0, pool).float().cpu()
+            if out is None: out = torch.empty(len(ids), vectors.shape[1])
+            out[take] = vectors
     return out
 
 def _vectors(model, ids, pad, pool):
@@ -374,7 +376,8 @@ def _vectors(model, ids, pad, pool):
     width, device = max(map(len, ids)), next(model.parameters()).device
     x = torch.tensor([o + [pad] * (width - len(o)) for o in ids], device=device)
     mask = torch.tensor([[1] * len(o) + [0] * (width - len(o)) for o in ids], device=device)
-    out = model(input_ids=x, attention_mask=mask)
+    out = model(input_ids=x, attention_mask=mask, output_hidden_states=callable(pool))
+    if callable(pool): return pool(out, mask)
     if pool == "pooler": return out.pooler_output
     h = out.last_hidden_state
     return h[:, 0] if pool == "cls" else (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -86,7 +86,7 @@ def _module_source(path, mtime): return _tree(Path(path).read_text("utf-8"))
 def _used(what):
     "What one entry of `uses` adds to a key."
     from importlib import metadata, util
-    if isinstance(what, Recipe): return [what.name, what.version, _source(what.make), [_used(o) for o in what.uses]]
+    if isinstance(what, Recipe): return [what.make.__qualname__, what.version, _source(what.make), [_used(o) for o in what.uses]]
     if callable(what): return [what.__qualname__, _source(what)]
     if what == "python": return ["python", platform.python_version()]
     kind, _, name = str(what).rpartition(":")
@@ -142,7 +142,7 @@ def _open(folder, key):
 # %% ../../nbs/kit/02_store.ipynb #e85757f9
 def _root(): return home()/"store"
 
-def _folder(recipe, key): return _root()/f"{recipe.name}-{key}"
+def _folder(recipe, key): return _root()/f"{recipe.name.rpartition('.')[2]}-{key}"
 
 @contextmanager
 def _room(folder):
