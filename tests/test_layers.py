@@ -9,7 +9,7 @@ import pytest
 from conftest import TOP
 
 KIT = {0: ["settings", "stats", "pictures", "store"],
-       1: ["data", "geometry", "models", "metrics", "footprint", "machine", "measure", "claims", "ledger"],
+       1: ["corpora", "data", "geometry", "models", "metrics", "footprint", "machine", "measure", "claims", "ledger"],
        2: ["training", "generation", "serving"]}
 CHAPTERS = ["foundations", "selection", "finetuning", "quantization", "pruning", "distillation", "batching", "parallelism"]
 HEAVY = ["torch", "transformers", "datasets", "pandas", "matplotlib", "scipy", "sklearn", "statsmodels", "IPython", "jupyterlab"]

@@ -19,7 +19,7 @@ from .settings import LabError, Unavailable, UsageError, home, unknown
 class Recipe:
     "A function that writes files into a folder, with all that its result depends on."
     make: object = field(repr=False)  # the function: first argument a folder, returns notes (JSON) or None
-    name: str                         # module and function, without the package
+    name: str                         # the function's; a notebook and its module share what they make
     version: int                      # raise it when something outside the source has changed
     uses: tuple                       # recipes, functions, distributions, "module:…", "python"
 
@@ -31,8 +31,7 @@ def recipe(
 ):                  # a decorator
     "Declare a function `make(folder, *, …)` as a recipe. What it `uses` enters the key: versions of distributions, source of the rest."
     def decorate(make):
-        name = f"{make.__module__}.{make.__qualname__}".removeprefix("llmlab.").removeprefix("__main__.").replace(".<locals>", "")
-        return Recipe(make, name, version, (uses,) if isinstance(uses, (str, Recipe)) else tuple(uses))
+        return Recipe(make, make.__name__, version, (uses,) if isinstance(uses, (str, Recipe)) else tuple(uses))
     return decorate
 
 # %% ../../nbs/kit/02_store.ipynb #f37e0fd4
@@ -86,7 +85,7 @@ def _module_source(path, mtime): return _tree(Path(path).read_text("utf-8"))
 def _used(what):
     "What one entry of `uses` adds to a key."
     from importlib import metadata, util
-    if isinstance(what, Recipe): return [what.make.__qualname__, what.version, _source(what.make), [_used(o) for o in what.uses]]
+    if isinstance(what, Recipe): return [what.name, what.version, _source(what.make), [_used(o) for o in what.uses]]
     if callable(what): return [what.__qualname__, _source(what)]
     if what == "python": return ["python", platform.python_version()]
     kind, _, name = str(what).rpartition(":")
@@ -142,7 +141,7 @@ def _open(folder, key):
 # %% ../../nbs/kit/02_store.ipynb #e85757f9
 def _root(): return home()/"store"
 
-def _folder(recipe, key): return _root()/f"{recipe.name.rpartition('.')[2]}-{key}"
+def _folder(recipe, key): return _root()/f"{recipe.name}-{key}"
 
 @contextmanager
 def _room(folder):
@@ -184,6 +183,8 @@ def _peak(reset=False):
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+def _cpu(): return sum(os.times()[:4])  # of this process and of those it waited for
+
 def _finite(x):
     if isinstance(x, float): return x if math.isfinite(x) else None
     if isinstance(x, dict): return {str(k): _finite(v) for k, v in x.items()}
@@ -203,9 +204,9 @@ def _make(recipe, key, aside, device, progress, arguments):
     given = {k: v for k, v in dict(device=device, progress=progress).items() if k in takes}
     aside.mkdir(parents=True)
     _peak(reset=True)
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), _cpu()
     notes = recipe.make(aside, **_bound(recipe, arguments), **given)
-    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    seconds, cpu_seconds = time.perf_counter() - wall, _cpu() - cpu
     names = sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file())
     if "made.json" in names: raise UsageError(f"{recipe.name} wrote a made.json; that name is the store's own")
     files = {n: dict(size=(aside/n).stat().st_size, sha256=_sha256(str(aside/n), (aside/n).stat().st_size, (aside/n).stat().st_mtime_ns)) for n in names}
