@@ -353,7 +353,8 @@ def encode(
     if pool == "pooler" and (getattr(model, "pooler", None) is None or any(part_of(k) == "pooler" for k in loaded.fresh)):
         raise UsageError(f"{loaded.name} has no trained pooler; use pool='mean' or 'cls'")
     if not texts: return torch.zeros(0, model.config.hidden_size)
-    if bad := next((t for t in texts if not isinstance(t, str)), None): raise UsageError(f"texts must be strings, got {type(bad).__name__}: {bad!r:.60}")
+    bad = next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)
+    if bad is not None: raise UsageError(f"texts must be strings, and texts[{bad}] is {texts[bad]!r:.60}")
     limit = max_tokens or min(256, getattr(model.config, "max_position_embeddings", 256))
     ids = tok(texts, truncation=True, max_length=limit, add_special_tokens=True)["input_ids"]
     ids = [o or [tok.eos_token_id or tok.pad_token_id or 0] for o in ids]
@@ -450,7 +451,7 @@ def cut_layers(
 )->Loaded:          # a model of the library with fewer layers
     "A copy with only some of the layers. Raises `UsageError` for indices that do not exist."
     n = len(layers_of(loaded))
-    if isinstance(keep, int): keep = [(i + 1) * n // keep - 1 for i in range(keep)] if 1 <= keep <= n else [keep]
+    if isinstance(keep, int): keep = [(i + 1) * n // keep - 1 for i in range(keep)]
     keep = list(keep)
     if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= n:
         raise UsageError(f"keep={keep} must be ascending indices of the {n} layers 0 … {n-1}")
