@@ -75,7 +75,8 @@ CASES = {
     "empty answers": (["", "the cat sat on the mat"], [["something was meant"], ["the cat sat on the mat"]]),
     "all empty": (["", ""], [["something"], ["else"]]),
     "empty references": (["a cat sat on it", "the cat sat on the mat"], [[""], ["the cat sat on the mat"]]),
-    "several references": (["the cat sat on the mat", "a dog ran home"], [["a cat sat there", "the cat is on the mat", "no"], ["the dog ran", "dogs run home", "a dog went home"]]),
+    "several references": (["the cat sat on the mat", "a dog ran home"],
+        [["a cat sat there", "the cat is on the mat", "no"], ["the dog ran", "dogs run home", "a dog went home"]]),
     "case and punctuation": (["Hello, World! It's 3.14."], [["hello world it's 3.14"]]),
     "Chinese": (["模型在文本上训练", "猫坐在垫子上。"], [["模型在文本上训练过"], ["猫坐在了垫子上。"]]),
     "one word": (["yes"], [["yes"]]),
@@ -95,19 +96,19 @@ def test_bleu_is_sacrebleus(case, tokenize):
 @pytest.mark.parametrize("word_order", [0, 2])
 def test_chrf_is_sacrebleus(case, word_order):
     predicted, references = CASES[case]
-    assert metrics.chrf(predicted, references, word_order, **FEW).value == pytest.approx(sacrebleu.corpus_chrf(predicted, streams(references), word_order=word_order).score)
+    theirs = sacrebleu.corpus_chrf(predicted, streams(references), word_order=word_order)
+    assert metrics.chrf(predicted, references, word_order, **FEW).value == pytest.approx(theirs.score)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "all empty"])
+@pytest.mark.parametrize("case", ["plain", "equal", "several references", "case and punctuation", "Chinese"])
 def test_bleu_and_chrf_as_torchmetrics_has_them(case):
-    "Where the two agree on what a sentence is: torchmetrics' BLEU knows no smoothing, so only cases in which every order has a match."
+    "On usual texts. torchmetrics does not smooth BLEU, and differs from sacrebleu in chrF of empty and of very short texts."
     from torchmetrics.functional.text import chrf_score, sacre_bleu_score
     predicted, references = CASES[case]
     tokenize = "zh" if case == "Chinese" else "13a"
     theirs = sacre_bleu_score(predicted, references, tokenize=tokenize).item()
     if theirs: assert metrics.bleu(predicted, references, tokenize=tokenize, **FEW).value == pytest.approx(100 * theirs, rel=1e-4)
-    if case != "empty references": # which torchmetrics divides by
-        assert metrics.chrf(predicted, references, **FEW).value == pytest.approx(100 * chrf_score(predicted, references, n_word_order=0).item(), rel=1e-3)
+    assert metrics.chrf(predicted, references, **FEW).value == pytest.approx(100 * chrf_score(predicted, references, n_word_order=0).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -136,7 +137,8 @@ def test_rouge_as_torchmetrics_has_it(case):
 
 def test_references_may_differ_in_number():
     predicted, references = ["a cat sat", "a dog ran"], ["a cat sat down", ["a dog ran off", "the dog ran"]]
-    assert metrics.bleu(predicted, references, **FEW).value == pytest.approx(sacrebleu.corpus_bleu(predicted, [["a cat sat down", "a dog ran off"], [None, "the dog ran"]]).score)
+    theirs = sacrebleu.corpus_bleu(predicted, [["a cat sat down", "a dog ran off"], [None, "the dog ran"]])
+    assert metrics.bleu(predicted, references, **FEW).value == pytest.approx(theirs.score)
     assert metrics.chrf(predicted, references, **FEW).n == 2
 
 
@@ -181,7 +183,7 @@ def test_ranks_as_torchmetrics_without_ties():
     torch.manual_seed(0)
     q, d = torch.randn(20, 8), torch.randn(30, 8)
     found = metrics.ranks(q, d, chunk=7)
-    scores = torch.nn.functional.cosine_similarity(q[:, None], d[None], dim=-1)
+    scores = torch.nn.functional.cosine_similarity(q[:, None], d[None], dim=-1).sigmoid()  # of negative scores torchmetrics 1.9 makes another MRR
     which, target = torch.arange(20)[:, None].expand(20, 30), torch.eye(20, 30, dtype=torch.bool)
     assert metrics.mrr(found, **FEW).value == pytest.approx(RetrievalMRR()(scores, target, indexes=which).item(), rel=1e-5)
     assert metrics.recall_at_k(found, 5, **FEW).value == pytest.approx(100 * RetrievalRecall(top_k=5)(scores, target, indexes=which).item(), rel=1e-5)
