@@ -342,7 +342,7 @@ def random_tokenizer(
 def encode(
     loaded:Loaded,           # an encoder
     texts,                   # n strings
-    pool="mean",             # mean of the tokens, pooler (BERT's layer on the first token), cls (the first token), or a function: output with hidden states, mask (B, T) → (B, d)
+    pool="mean",             # mean, pooler (BERT's layer on the first token), cls (the first token), or a function of output and mask, giving (B, d)
     batch_size:int=32,       # texts at a time
     max_tokens:int|None=None,# longer texts are cut; None: 256, or less if the model has fewer positions
     progress:bool=False,     # show a bar
