@@ -16,7 +16,7 @@ from conftest import TOP, launch
 sys.path.insert(0, str(TOP/"tools"))
 
 pytestmark = pytest.mark.browser
-NOTEBOOKS = ["nbs/index.ipynb", "nbs/kit/00_settings.ipynb"]
+NOTEBOOKS = ["nbs/index.ipynb", "nbs/kit/00_settings.ipynb", *sorted(str(f.relative_to(TOP)) for f in TOP.glob("nbs/01_selection/01_*.ipynb"))]
 
 RUN_ALL = """async path => {
     const app = window.jupyterapp;
@@ -85,7 +85,7 @@ def page(lab, chromium):
     with sync_playwright() as p:
         browser = launch(p, chromium)
         page = browser.new_page(viewport=dict(width=1400, height=1000))
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(300_000)
         page.goto(f"{lab[1]}/lab?reset")
         page.wait_for_function("window.jupyterapp !== undefined")
         yield page

