@@ -81,7 +81,7 @@ class Row:
 
     def __str__(self):
         shown = {k: o for k in _columns([self]) if k != "variant" and (o := _cell(self, k)) not in (None, "")}
-        return f"{self.variant}: " + ", ".join(f"{_heading(k)} {o}" for k, o in shown.items())
+        return f"{self.variant}: " + ", ".join(f"{_heading(k)} {getattr(o, 'brief', o)}" for k, o in shown.items())
     __repr__ = __str__
     def _repr_html_(self): return _table([self])._repr_html_()
 
@@ -111,7 +111,7 @@ def _cell(row, column):
     if column == "predicted_ratio" and v is not None: return written(v, "×")
     if column == "floor_fraction" and v is not None: return f"{v:.0%}"
     if column == "workload": return str(v) or None
-    return v.brief if isinstance(v, Estimate) else written(v) if isinstance(v, float) else v
+    return written(v) if isinstance(v, float) else v
 
 def _columns(rows):
     varies = lambda name: len({getattr(r, name) for r in rows}) > 1
@@ -481,7 +481,7 @@ def _metric(ledger, quality):
     if quality is not None and quality not in names: raise unknown("quality metric", quality, set(names))
     return quality or max(dict.fromkeys(names), key=names.count)
 
-def _candidates(ledger, x, metric):
+def _candidates(ledger, x, metric, required=True):
     "name -> (row with the quality, cost) for the variants that have both, if need be from two rows of the same variant."
     rows, found = [r for r in ledger.rows if r.status == "measured"], {}
     several = len({r.notebook for r in rows}) > 1
@@ -491,7 +491,7 @@ def _candidates(ledger, x, metric):
         if not same: continue
         nearest = min(same, key=lambda o: (o.id != r.id, o.workload != r.workload, o.workload.batch or 0))
         found.setdefault(f"{r.chapter}: {r.variant}" if several else r.variant, (r, _measured(_figure(nearest, x), x, "B" if x in _bytes else "")))
-    if not found: raise UsageError(f"no variant has both {metric} and {x}")
+    if required and not found: raise UsageError(f"no variant has both {metric} and {x}")
     return found
 
 def pareto(
@@ -548,7 +548,7 @@ def best(
     def why_not(name):
         if lost[name].value > tolerance: return f"loses more than {written(tolerance, top.unit)}"
         for figure, limit in limits.items():
-            v = _limited(ledger, figure, metric, name)
+            _, v = _candidates(ledger, figure, metric, required=False).get(name, (None, None))
             if v is None: return f"{_heading(figure)} not measured"
             if v.value > limit: return f"{_heading(figure)} above {written(limit, v.unit)}"
         return ""
@@ -560,9 +560,3 @@ def best(
     rule = f"least {_heading(column)} among those that lose at most {written(tolerance, top.unit)} of {metric}{bounds}: {chosen or 'none passes'}"
     head = ("variant", metric, "lost against the best", _heading(column), "decision")
     return Decision(found[chosen][0] if chosen else None, Table(head, tuple(rows), rule, tuple(i for i, r in enumerate(rows) if why[r[0]])))
-
-def _limited(ledger, figure, metric, name):
-    try: return _candidates(ledger, figure, metric).get(name, (None, None))[1]
-    except UsageError as e:
-        if "no variant has both" in str(e): return None
-        raise

@@ -400,29 +400,35 @@ def sample_size_mcnemar(
     return math.ceil((z((1 + level) / 2) * math.sqrt(discordant) + z(power) * math.sqrt(discordant - effect**2))**2 / effect**2)
 
 # %% ../../nbs/kit/01_stats.ipynb #5bc16f11
+def _two_lines(cell):
+    if not isinstance(cell, Estimate): return html.escape(str(cell))
+    value, rest = map(html.escape, cell._parts())
+    return value + (f'<br><span style="font-size:.8em;opacity:.7">{rest}</span>' if rest else "")
+
 @dataclass(frozen=True)
 class Table:
-    "Rows of cells with a heading; HTML in a notebook, aligned text elsewhere."
+    "Rows of cells with a heading; HTML in a notebook, aligned text elsewhere, where estimates go without their n."
     columns: tuple        # headings
     rows: tuple           # one sequence of cells each; None shows as a dash
     caption: str = ""     # what it shows, with units
     muted: tuple = ()     # indices of rows to grey
 
-    def _cells(self): return [["–" if c is None else c if isinstance(c, str) else str(c) for c in row] for row in self.rows]
+    def _cells(self, show=str): return [["–" if c is None else show(c) for c in row] for row in self.rows]
     def _right(self):
         figure = lambda c: c is None or isinstance(c, (int, float, Estimate)) or str(c).lstrip("-+<>≤≥=≈ ")[:1].isdigit()
         return [all(figure(r[i]) for r in self.rows) for i in range(len(self.columns))]
     def __str__(self):
-        cells, right = [list(map(str, self.columns)), *self._cells()], self._right()
+        cells, right = [list(map(str, self.columns)), *self._cells(lambda c: c.brief if isinstance(c, Estimate) else str(c))], self._right()
         width = [max(len(r[i]) for r in cells) for i in range(len(self.columns))]
         line = lambda r: "  ".join(c.rjust(w) if right[i] else c.ljust(w) for i, (c, w) in enumerate(zip(r, width))).rstrip()
         return "\n".join(([self.caption] if self.caption else []) + [line(cells[0]), "  ".join("─" * w for w in width), *map(line, cells[1:])])
     __repr__ = __str__
     def _repr_html_(self):
-        right, rule = self._right(), "border-bottom:1px solid rgba(128,128,128,.35);padding:.2em .7em"
-        cell = lambda tag, c, i, more="": f'<{tag} style="text-align:{"right" if right[i] else "left"};{rule}{more}">{html.escape(c)}</{tag}>'
-        head = "".join(cell("th", str(c), i) for i, c in enumerate(self.columns))
+        rule = "border-bottom:1px solid rgba(128,128,128,.35);padding:.2em .7em;vertical-align:top"
+        side = ["text-align:right;white-space:nowrap" if r else "text-align:left" for r in self._right()]
+        cell = lambda tag, c, i, more="": f'<{tag} style="{side[i]};{rule}{more}">{c}</{tag}>'
+        head = "".join(cell("th", html.escape(str(c)), i, ";white-space:normal") for i, c in enumerate(self.columns))
         grey = lambda k: ";opacity:.5" if k in self.muted else ""
-        body = ("<tr>" + "".join(cell("td", c, i, grey(k)) for i, c in enumerate(row)) + "</tr>" for k, row in enumerate(self._cells()))
+        body = ("<tr>" + "".join(cell("td", c, i, grey(k)) for i, c in enumerate(row)) + "</tr>" for k, row in enumerate(self._cells(_two_lines)))
         caption = f'<caption style="text-align:left;caption-side:top">{html.escape(self.caption)}</caption>' if self.caption else ""
         return f'<table style="border-collapse:collapse">{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
