@@ -289,6 +289,19 @@ def test_stale_ceilings_are_measured_again(measured, fresh_home, change):
     assert len(measured) == 2
 
 
+def test_what_a_busy_machine_said_is_soon_forgotten(monkeypatch, fresh_home):
+    times = []
+    def instead(device, quick, threads):
+        times.append(1)
+        return some_ceilings(device=device, quick=quick, threads=threads, others=.5, measured=(datetime.now(UTC) - timedelta(minutes=11)).isoformat())
+    monkeypatch.setattr(machine, "measure_ceilings", instead)
+    assert "Others used 50%" in repr(ceilings())
+    ceilings(quick=True)
+    assert len(times) == 1, "a test is content"
+    ceilings()
+    assert len(times) == 2
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"points": 3}', "null"])
 def test_a_damaged_file_is_measured_again_and_said(measured, fresh_home, text):
     ceilings()
@@ -316,7 +329,7 @@ def test_two_at_once_measure_once(measured, monkeypatch):
 
 def test_measured_for_real_the_ceilings_are_of_this_planet():
     c = machine.measure_ceilings(quick=True, threads=1)
-    assert all(.05 < low <= best < 1e5 for _, best, low in c.points) and [p[0] for p in c.points] == sorted(p[0] for p in c.points)
+    assert 0 <= c.others <= 1 and all(.05 < low <= best < 1e5 for _, best, low in c.points) and [p[0] for p in c.points] == sorted(p[0] for p in c.points)
     assert .05 < c.rate("float32") < 1e6 and 1e-8 < c.dispatch_s < 1e-2 and c.threads == 1
     assert Ceilings.from_dict(json.loads(json.dumps(c.to_dict()))) == c and "float32" in repr(c) and "<table" in c._repr_html_()
     assert c.plot().get_xlabel() == "working set, MiB"

@@ -134,17 +134,20 @@ def _available_bytes():
     import psutil
     return min(psutil.virtual_memory().available, _memory_bytes())
 
-def _measure_bandwidth(device, quick):
-    "(bytes, GB/s of the best round, GB/s of the slowest) by working set."
-    sizes, rounds, least = _sizes(device, quick), 2 if quick else 3, 4*_columns*4
-    buffer, found, start = torch.ones(sizes[-1]//4, device=device), {size: [] for size in sizes}, time.perf_counter()
-    for round in range(rounds):
-        if round and (time.perf_counter() - start)*(round + 1)/round > 6: break  # a slow or busy machine gets fewer rounds
-        call = _read_seconds(buffer, least, device, .004) if device == "cpu" else {}
-        for size in sizes:
-            taken = _read_seconds(buffer, size, device, .02 if quick else .03)
-            found[size].append(max((size - (least if call else 0))/max(t - call.get(name, 0.), t/4)/1e9 for name, t in taken.items()))
-    return tuple((float(size), max(r), min(r)) for size, r in found.items())
+def _measure_bandwidth(device, quick, budget_s=6.):
+    "(bytes, GB/s of the best round, GB/s of the slowest) by working set. A slow or busy machine gets fewer rounds, or every other size only."
+    sizes, least, until = _sizes(device, quick), 4*_columns, time.perf_counter() + budget_s
+    order, buffer, found = sizes[::2] + sizes[1::2], torch.ones(sizes[-1]//4, device=device), {size: [] for size in sizes}
+    call = _call_seconds(buffer, 4*least) if device == "cpu" else {}
+    for i in range(len(order)*(2 if quick else 3)):
+        if i >= len(sizes[::2]) and time.perf_counter() > until: break
+        taken = _read_seconds(buffer, size := order[i % len(order)], device, .02 if quick else .03)
+        found[size].append(max((size - 4*least*bool(call))/max(t - call.get(name, 0.), t/2)/1e9 for name, t in taken.items()))
+    return tuple((float(size), max(r), min(r)) for size, r in found.items() if r)
+
+def _call_seconds(buffer, size_bytes):
+    "What a call costs that reads next to nothing, by reader."
+    return {name: min(t, 2e-5) for name, t in _read_seconds(buffer, size_bytes, "cpu", .02).items()}
 
 # %% ../../nbs/kit/06_machine.ipynb #f8f47498
 def _products(n, dtype, device):
@@ -160,8 +163,8 @@ def _packed_int8(n):
         packed = torch.ops.quantized.linear_prepack(weight, None)
     return dict(packed=lambda: torch.ops.quantized.linear_dynamic(x, packed))
 
-def _measure_rate(dtype, device, quick):
-    "G operations a second of the fastest matrix product found, or None where this device has none. Sizes grow while they stay short."
+def _measure_rate(dtype, device, quick, until=math.inf):
+    "G operations a second of the fastest matrix product found, or None where this device has none. Sizes grow while they stay short and there is time."
     best, patience, most = 0., .06 if quick else .15, 2048 if device == "cpu" else 8192
     for way in ("rows", "columns", "packed"):
         n = 256
@@ -169,7 +172,7 @@ def _measure_rate(dtype, device, quick):
             try: least = _best(_products(n, dtype, device)[way], device, patience/3)
             except (RuntimeError, NotImplementedError, KeyError): break
             best = max(best, 2*n**3/least/1e9)
-            if least*8 > patience: break
+            if least*8 > patience or time.perf_counter() > until: break
             n *= 2
     return best or None
 
@@ -203,10 +206,10 @@ class _Narrow(torch.nn.Module):
 
 @torch.inference_mode()
 def _measure_dispatch(device):
-    "Seconds an operation, the median of 100 passes."
+    "Seconds an operation, the lower quartile of 100 passes: what others do to us is no part of it."
     with torch.random.fork_rng(devices=[]): net = torch.nn.Sequential(*(_Narrow() for _ in range(4))).to(device).eval()
     x = torch.ones(1, 1, 16, device=device)
-    return sorted(sample(lambda: net(x), 100, 10, device))[50]/count_ops(lambda: net(x))
+    return sorted(sample(lambda: net(x), 100, 10, device))[25]/count_ops(lambda: net(x))
 
 # %% ../../nbs/kit/06_machine.ipynb #495a2343
 _dtypes = ("float32", "bfloat16", "float16", "int8")
@@ -227,6 +230,11 @@ class Ceilings:
     quick: bool = False          # coarse, for tests
     torch: str = ""              # its version
     caches: dict = field(default_factory=dict)  # bytes, by level
+    others: float = 0.           # share of the machine's cores that other processes used meanwhile
+
+    @property
+    def busy(self)->bool: # too much so to be believed for long
+        return self.others > .2
 
     def bandwidth(self, working_set_bytes:float)->float:
         "GB/s at which that many bytes can be read over and over; between two sizes measured, on the line in the log-log plot."
@@ -259,7 +267,8 @@ class Ceilings:
             [(f"read {b/2**20:,.0f} MiB over and over", f"{g:.1f} GB/s", f"{low:.1f} GB/s") for b, g, low in show]
             + [(f"matrix product, {t}", f"{self.rates[t]:,.0f} G/s", None) for t in _dtypes if t in self.rates]
             + [("one operation", f"{self.dispatch_s*1e6:.1f} µs", None)],
-            f"{self.name}, {self.device}, {_many(self.threads)}, {self.measured}" + (", quick" if self.quick else ""))
+            f"{self.name}, {self.device}, {_many(self.threads)}, {self.measured}" + (", quick" if self.quick else "")
+            + (f". Others used {self.others:.0%} of the machine meanwhile: the true ceilings are higher" if self.busy else ""))
 
     def __repr__(self): return repr(self._table())
     def _repr_html_(self): return self._table()._repr_html_()
@@ -289,6 +298,18 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
+def _others():
+    "A function that says what share of the machine's cores others have used since now."
+    import psutil
+    def busy():
+        now = psutil.cpu_times()
+        return sum(now) - now.idle - getattr(now, "iowait", 0.) - getattr(now, "guest", 0.) - getattr(now, "guest_nice", 0.)
+    start, all_before, mine_before = time.perf_counter(), busy(), time.process_time()
+    def since():
+        cores = (time.perf_counter() - start)*(psutil.cpu_count() or 1)
+        return min(1., max(0., (busy() - all_before - time.process_time() + mine_before)/cores))
+    return since
+
 def _device_name(device): return torch.cuda.get_device_name(device) if device.startswith("cuda") else _hardware()["cpu"]
 
 def _device_caches(device):
@@ -301,14 +322,14 @@ def measure_ceilings(
     threads:int|None=None,  # of the measuring process; None for as many as torch uses now
 )->Ceilings:
     "Measure bandwidth, arithmetic and dispatch now, without a look at the store."
-    start, threads = time.perf_counter(), threads or torch.get_num_threads()
+    start, threads, others = time.perf_counter(), threads or torch.get_num_threads(), _others()
     with _threads(threads), torch.inference_mode():
-        before = {t: _measure_rate(t, device, quick) for t in _dtypes}
+        before = {t: _measure_rate(t, device, quick, start + 4) for t in _dtypes}
         points, dispatch_s = _measure_bandwidth(device, quick), _measure_dispatch(device)
         again = time.perf_counter() - start < 9  # twice, apart: who disturbs one may spare the other; a busy machine has no time for it
-        rates = {t: max(r, again and _measure_rate(t, device, quick) or 0) for t, r in before.items() if r}
+        rates = {t: max(r, again and _measure_rate(t, device, quick, start + 12) or 0) for t, r in before.items() if r}
     return Ceilings(device, _device_name(device), threads, points, rates, dispatch_s, datetime.now(UTC).isoformat(timespec="seconds"),
-        time.perf_counter() - start, quick, torch.__version__, _device_caches(device))
+        time.perf_counter() - start, quick, torch.__version__, _device_caches(device), others())
 
 # %% ../../nbs/kit/06_machine.ipynb #fdd31994
 def _stale(c, device, threads, quick, max_age_hours):
@@ -318,7 +339,7 @@ def _stale(c, device, threads, quick, max_age_hours):
     if c.torch != torch.__version__: return "another torch"
     if c.quick and not quick: return "measured coarsely"
     age = (datetime.now(UTC) - datetime.fromisoformat(c.measured)).total_seconds()/3600
-    return "" if -.1 <= age <= max_age_hours else "too old"
+    return "" if -.1 <= age <= (min(max_age_hours, 1/6) if c.busy and not quick else max_age_hours) else "too old"
 
 def _kept(file):
     try: return Ceilings.from_dict(json.loads(file.read_text()))
