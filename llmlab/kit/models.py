@@ -102,19 +102,25 @@ def _endpoint(): return (os.environ.get("HF_ENDPOINT") or "https://huggingface.c
 
 def _otherwise(task): return ("random:llama-125m" if task == "causal-lm" else "embedded:minilm") + " needs no hub" + " (for speed only)" * (task == "causal-lm")
 
+def _chain(e):
+    "An exception and those it came from."
+    while e is not None: yield e; e = e.__cause__ or e.__context__
+
+def _status(e): return next((r.status_code for o in _chain(e) if (r := getattr(o, "response", None)) is not None), None)
+
 def _refusal(e, name, task):
     "The error of the project for whatever the hub's client raised."
-    import httpx2
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
-    response = getattr(e, "response", None)
-    status, at = getattr(response, "status_code", None), _endpoint()
-    if isinstance(e, OSError) and e.errno == errno.ENOSPC: why = f"there is no room in {hub_cache()} ({_free_gb()} GB free). Make room, or set HF_HOME"
+    status, at = _status(e), _endpoint()
+    if any(getattr(o, "errno", None) == errno.ENOSPC for o in _chain(e)):
+        why = f"there is no room in {hub_cache()} ({_free_gb()} GB free). Make room, or set HF_HOME"
     elif isinstance(e, HFValidationError): why = f"this is no name of a repository: {e}"
     elif isinstance(e, RevisionNotFoundError): why = f"{at} has no such revision. Check what follows the @"
     elif isinstance(e, GatedRepoError) or status in (401, 403): why = f"{at} lets you read none (status {status}). Check the spelling, or set HF_TOKEN"
     elif status == 404: why = f"{at} has none of that name, or a file of it is missing (404). Check the spelling"
     elif status: why = f"{at} answered {status}. Try again later"
-    elif isinstance(e, httpx2.TimeoutException): why = f"{at} did not answer within {_patience():g} s. Try later, or set HF_HUB_ETAG_TIMEOUT to more"
+    elif any("Timeout" in type(o).__name__ for o in _chain(e)):
+        why = f"{at} did not answer within {_patience():g} s. Try later, or set HF_HUB_ETAG_TIMEOUT to more"
     else: why = f"{at} cannot be reached ({type(e).__name__}: {(str(e).strip() or 'no details').splitlines()[0][:150]})"
     return Unavailable(f"hub:{name} is not available: {why}. Without it: {_otherwise(task)}")
 
@@ -149,7 +155,7 @@ def _hub(repo, revision, task, weights=True):
     try: folder, commit, hashes = _download(repo, revision, weights)
     except Exception as e:
         refused = e if isinstance(e, (Damaged, UsageError)) else _refusal(e, label, task)
-        if kept is None or getattr(getattr(e, "response", None), "status_code", 500) < 500: raise refused from e
+        if kept is None or (_status(e) or 500) < 500: raise refused from e
         warnings.warn(f"{refused}. Using the copy of commit {kept['commit'][:12]} that was downloaded before", stacklevel=3)
         return Path(kept["folder"]), kept["commit"]
     if wrong := wrong_files(folder, hashes):
