@@ -27,7 +27,8 @@ def clean(
 
 # %% ../../nbs/kit/03_corpora.ipynb #e150fe96
 _PERSONAL = {
-    "email": re.compile(r"[\w.+-]+(?: ?@ ?| ?(?:\(at\)|\[at\]|<at>) ?)[\w-]+(?:(?:\.| ?(?:\(dot\)|\[dot\]) ?)[\w-]+)+"),
+    "email": re.compile(r"[\w.+-]+(?:@| ?(?:\(at\)|\[at\]|<at>) ?)[\w-]+(?:(?:\.| ?(?:\(dot\)|\[dot\]) ?)[\w-]+)*(?:\.| ?(?:\(dot\)|\[dot\]) ?)"
+                        r"(?:com|org|net|edu|gov|mil|info|dev|name|email|[a-z]{2}|COM|ORG|NET|EDU)\b(?!\(|\.\w)"),
     "phone": re.compile(r"(?<![\w.])\+\d{1,3}[ -]\(?\d{1,4}\)?(?:[ -]\d{2,4}){2,4}(?![\w.])"),
     "address": re.compile(r"(?<![\w.])(?!127\.|0\.|255\.)(?:\d{1,3}\.){3}\d{1,3}(?![\w.])"),
     "home": re.compile(r"(?<![\w.])(?:/home/|/Users/|[A-Z]:\\Users\\)\w[\w.-]*"),
@@ -270,12 +271,13 @@ _SHARED = ("module:llmlab.kit.corpora", "datasketch")
 @store.recipe(version=1, uses=_SHARED)
 def parameter_type(folder, *, source, per_class=900, words=40):
     "Descriptions of parameters, labelled by type; those without a label, or beyond the classes' size, from training modules only, apart."
-    rows = []
+    found, first = 0, {}
     for r in _read(source/"docstrings.jsonl"):
         for _, spec, description in parameters_in(r["text"]):
-            text = " ".join(mask_names(description, types=True).split()[:words])
-            if len(text.split()) >= 4: rows.append(dict(text=text, label=type_label(spec), module=r["module"]))
-    found, rows = len(rows), _unrepeated(rows)
+            found += 1
+            first.setdefault(description.lower(), (description, spec, r["module"]))  # most repeat an earlier one word for word
+    rows = [dict(text=" ".join(mask_names(d, types=True).split()[:words]), label=type_label(t), module=m) for d, t, m in first.values()]
+    rows = _unrepeated([r for r in rows if len(r["text"].split()) >= 4])
     labelled = _first_of_each([r for r in rows if r["label"]], per_class, "label")
     chosen = {id(r) for r in labelled}
     rest = [r for r in rows if id(r) not in chosen]
@@ -297,7 +299,7 @@ def prose(
     return mask_names(summary[:1000]), mask_names(" ".join(body)[:2000])
 
 @store.recipe(version=1, uses=_SHARED)
-def docstring_library(folder, *, source, per_class=1200, words=30):
+def docstring_library(folder, *, source, per_class=1200, words=60):
     "Beginnings of docstrings, labelled by library."
     rows = [dict(text=" ".join(f"{summary} {body}".split()[:words]), label=r["library"], module=r["module"])
             for r in _read(source/"docstrings.jsonl") for summary, body in [prose(r["text"][:1500])]]
@@ -308,13 +310,13 @@ def docstring_library(folder, *, source, per_class=1200, words=30):
 
 # %% ../../nbs/kit/03_corpora.ipynb #f92e8396
 @store.recipe(version=1, uses=_SHARED)
-def summary_body(folder, *, source, words=80):
+def summary_body(folder, *, source, words=100):
     "Pairs of a docstring's first paragraph and what follows."
     rows = []
     for r in _read(source/"docstrings.jsonl"):
         query, document = prose(r["text"])
         document = " ".join(document.split()[:words])
-        if 4 <= len(query.split()) <= 40 and len(document.split()) >= 8: rows.append(dict(query=query, document=document, module=r["module"]))
+        if 4 <= len(query.split()) <= 40 and len(document.split()) >= 15: rows.append(dict(query=query, document=document, module=r["module"]))
     rows = _unrepeated(_unrepeated(rows, "document"), "query")
     _save(folder, rows)
     return dict(pairs=len(rows))
