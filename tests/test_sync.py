@@ -57,7 +57,7 @@ def test_what_is_out_of_date_is_named(copied, tmp_path):
     assert sync.tracked(here)[Path("README.md")] == (copied/"README.md").read_bytes(), "and repaired"
 
 
-MACHINE = re.compile(r"(?<![\w.:])/(?:home|Users|root|mnt|private|var/folders)/[\w.-]|\b[A-Z]:\\\\?Users")
+MACHINE = re.compile(r"(?<![\w.:])/(?:home|Users|root|mnt|private|var/folders)/(?!ada\b)\w[\w.-]|\b[A-Z]:\\\\?Users")  # Ada is an example
 REMOTE = re.compile(r"""(?x)
     <(?:script|img|iframe|link|video|audio|source)\b[^>]*(?:src|href)\s*=\s*\\?["']?(?:https?:)?//
     | !\[[^\]]*\]\((?:https?:)?//
