@@ -531,32 +531,35 @@ class Decision:
     def _repr_html_(self): return self.table._repr_html_()
 
 def best(
-    ledger:Ledger,           # with rows of comparable workloads; narrow it with `where`
-    prefer:str="time",       # the cost to keep low: "time", "size", "memory", "peak", or any figure of a row
-    tolerance:float=0.,      # quality that may be lost against the best variant, in the unit of the metric
-    quality:str|None=None,   # the metric; None: the most frequent one
-    lower:bool|None=None,    # whether less of it is better; None: known for losses, errors and perplexities
-    **at_most,               # bounds on other figures, such as size_bytes=50e6
+    ledger:Ledger,              # with rows of comparable workloads; narrow it with `where`
+    prefer:str="time",          # the cost to keep low: "time", "size", "memory", "peak", or any figure of a row
+    tolerance:float|None=0.,    # quality that may be lost against the best variant, in the unit of the metric; None: whatever is not shown to be lost
+    quality:str|None=None,      # the metric; None: the most frequent one
+    lower:bool|None=None,       # whether less of it is better; None: known for losses, errors and perplexities
+    **at_most,                  # bounds on other figures, such as size_bytes=50e6
 )->Decision:
-    "The variant of least cost among those whose quality and bounds pass. Raises `UsageError` where no variant has both quality and cost."
+    "The variant of least cost among those that keep the bounds and the quality of the best of them. Raises `UsageError` where no variant has both quality and cost."
     column, metric = _costs.get(prefer, prefer), _metric(ledger, quality)
     lower = metric in _lower_is_better if lower is None else lower
-    found = _candidates(ledger, column, metric)
-    top = (min if lower else max)((r.quality[metric] for r, _ in found.values()), key=lambda q: q.value)
+    found, limits = _candidates(ledger, column, metric), {_costs.get(k, k): v for k, v in at_most.items()}
+    over = {name: _beyond(ledger, name, metric, limits) for name in found}
+    top = (min if lower else max)((r.quality[metric] for name, (r, _) in found.items() if not over[name] or all(over.values())), key=lambda q: q.value)
     lost = {name: difference(r.quality[metric], top) if lower else difference(top, r.quality[metric]) for name, (r, _) in found.items()}
-    limits = {_costs.get(k, k): v for k, v in at_most.items()}
-    def why_not(name):
-        if lost[name].value > tolerance: return f"loses more than {written(tolerance, top.unit)}"
-        for figure, limit in limits.items():
-            _, v = _candidates(ledger, figure, metric, required=False).get(name, (None, None))
-            if v is None: return f"{_heading(figure)} not measured"
-            if v.value > limit: return f"{_heading(figure)} above {written(limit, v.unit)}"
-        return ""
-    why = {name: why_not(name) for name in found}
+    too_much = (lambda l: l.low > 0) if tolerance is None else (lambda l: l.value > tolerance)
+    allowed = "what cannot be shown" if tolerance is None else written(tolerance, top.unit)
+    why = {name: over[name] or (f"loses more than {allowed}" if too_much(lost[name]) else "") for name in found}
     chosen = min((c.value, name) for name, (_, c) in found.items() if not why[name])[1] if not all(why.values()) else None
     rows = [(name, r.quality[metric], lost[name], written(c.value, c.unit), "chosen" if name == chosen else why[name] or "passes")
             for name, (r, c) in found.items()]
     bounds = "".join(f", {_heading(k)} at most {written(v, 'B' if k in _bytes else '')}" for k, v in limits.items())
-    rule = f"least {_heading(column)} among those that lose at most {written(tolerance, top.unit)} of {metric}{bounds}: {chosen or 'none passes'}"
+    rule = f"least {_heading(column)} among those that lose at most {allowed} of {metric}{bounds}: {chosen or 'none passes'}"
     head = ("variant", metric, "lost against the best", _heading(column), "decision")
     return Decision(found[chosen][0] if chosen else None, Table(head, tuple(rows), rule, tuple(i for i, r in enumerate(rows) if why[r[0]])))
+
+def _beyond(ledger, name, metric, limits):
+    "The first bound that a variant does not keep, in words, or an empty string."
+    for figure, limit in limits.items():
+        _, v = _candidates(ledger, figure, metric, required=False).get(name, (None, None))
+        if v is None: return f"{_heading(figure)} not measured"
+        if v.value > limit: return f"{_heading(figure)} above {written(limit, v.unit)}"
+    return ""
