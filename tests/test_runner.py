@@ -92,8 +92,8 @@ def test_a_device_that_is_not_here(course, tmp_path):
 
 
 def test_names_and_the_default_set(course):
-    for path in ("index.ipynb", "kit/00_a.ipynb", "lab/00_b.ipynb", "01_demo/01_one.ipynb", "01_demo/.ipynb_checkpoints/01_one.ipynb", "02_more/09_exercises.ipynb"):
-        write_notebook(course, path, "1")
+    names = ("index", "kit/00_a", "lab/00_b", "01_demo/01_one", "01_demo/.ipynb_checkpoints/01_one", "02_more/09_exercises")
+    for path in names: write_notebook(course, f"{path}.ipynb", "1")
     found = plans.notebooks(course)
     assert [n.name for n in found] == ["kit/a", "demo/one", "more/exercises", "lab/b"]
     assert [n.name for n in plans.select(found)] == ["demo/one", "more/exercises"]
@@ -136,10 +136,11 @@ def test_inputs_change_with_everything_that_enters(course):
 # runs
 
 def test_run_and_resume(course, go, tmp_path):
-    write_notebook(course, "01_demo/01_one.ipynb", "import os, json\nopen('rows.jsonl', 'w').write(json.dumps(dict(id='a', notebook='demo/one', written=1, variant='v')))",
-        "os.getcwd(), profile, out_dir, seed")
+    row = dict(id="a", notebook="demo/one", written=1, variant="v")
+    write_notebook(course, "01_demo/01_one.ipynb", f"import os, json\nopen('rows.jsonl', 'w').write(json.dumps({row!r}))", "os.getcwd(), profile, out_dir, seed")
     counter = tmp_path/"counter"
-    write_notebook(course, "01_demo/02_two.ipynb", f"open({str(counter)!r}, 'a').write('x')\nassert len(open({str(counter)!r}).read()) > 1, 'the first time'")
+    count = f"open({str(counter)!r}, 'a').write('x')\nassert len(open({str(counter)!r}).read()) > 1, 'the first time'"
+    write_notebook(course, "01_demo/02_two.ipynb", count)
     first = go(parameters=dict(seed="5"))
     assert [r.status for r in first.results] == ["ok", "error"] and first.exit_status == 3
     error = first.results[1].error
@@ -163,13 +164,14 @@ def claim(verdict): return dict(id=verdict, notebook="demo/one", text=f"a claim 
 
 
 def test_claims_decide(course, go):
-    cells = f"import json\nopen('claims.jsonl', 'w').write(''.join(json.dumps(c) + chr(10) for c in {[claim(v) for v in ('held', 'failed', 'skipped')]!r}))"
+    three = [claim(v) for v in ("held", "failed", "skipped")]
+    cells = f"import json\nopen('claims.jsonl', 'w').write(''.join(json.dumps(c) + chr(10) for c in {three!r}))"
     write_notebook(course, "01_demo/01_one.ipynb", cells, "class ClaimsFailed(ValueError): pass\nraise ClaimsFailed('1 of 3')")
     done = go()
     assert done.exit_status == 1 and done.verdict == "failed" and done.counts() == dict(held=1, failed=1, skipped=1) and done.results[0].status == "claims"
     suites = xml.parse(done.folder/"junit.xml").getroot()
     cases = list(suites.iter("testcase"))
-    assert [[e.tag for e in c] for c in cases] == [[], ["failure"], [], ["skipped"]] or {tuple(e.tag for e in c) for c in cases} == {(), ("failure",), ("skipped",)}
+    assert sorted([e.tag for e in c] for c in cases) == [[], [], ["failure"], ["skipped"]]
     assert suites.get("tests") == "4" and suites.get("failures") == "1" and suites.get("skipped") == "1" and len(cases) == 4
     assert go().results[0].kept, "a failed claim is a result, too"
 
@@ -183,7 +185,8 @@ def test_errors_of_the_project_keep_their_exit_status(course, go):
 
 def test_a_killed_kernel_is_noticed_and_resumed(course, go, tmp_path):
     flag = tmp_path/"flag"
-    write_notebook(course, "01_demo/01_one.ipynb", "'before'", f"import os, signal, pathlib\nif not pathlib.Path({str(flag)!r}).exists(): os.kill(os.getpid(), signal.SIGKILL)")
+    die = f"import os, signal, pathlib\nif not pathlib.Path({str(flag)!r}).exists(): os.kill(os.getpid(), signal.SIGKILL)"
+    write_notebook(course, "01_demo/01_one.ipynb", "'before'", die)
     write_notebook(course, "01_demo/02_two.ipynb", "1")
     started = time.monotonic()
     done = go()
@@ -197,7 +200,8 @@ def test_a_killed_kernel_is_noticed_and_resumed(course, go, tmp_path):
 
 
 def test_over_budget(course, go):
-    write_notebook(course, "01_demo/01_one.ipynb", "print('so far', flush=True)\nimport time\nfor i in range(1000):\n    try: time.sleep(100)\n    except KeyboardInterrupt: pass")
+    stubborn = "print('so far', flush=True)\nimport time\nfor i in range(1000):\n    try: time.sleep(100)\n    except KeyboardInterrupt: pass"
+    write_notebook(course, "01_demo/01_one.ipynb", stubborn)
     started = time.monotonic()
     done = go(budget=2 / SMOKE_BUDGET)
     r = done.results[0]
@@ -278,9 +282,8 @@ def test_a_killed_command_takes_its_kernels_along(course, tmp_path):
     wait_for(lambda: not family(mark), 20)
 
 
-def test_a_worker_that_is_killed_costs_one_notebook(course, go, tmp_path):
-    flag = tmp_path/"flag"
-    write_notebook(course, "01_demo/01_one.ipynb", f"import os, signal, time, pathlib\npathlib.Path({str(flag)!r}).touch()\nos.kill(os.getppid(), signal.SIGKILL); time.sleep(60)")
+def test_a_worker_that_is_killed_costs_one_notebook(course, go):
+    write_notebook(course, "01_demo/01_one.ipynb", "import os, signal, time\nos.kill(os.getppid(), signal.SIGKILL); time.sleep(60)")
     write_notebook(course, "01_demo/02_two.ipynb", "1")
     done = go()
     assert [r.status for r in done.results] == ["killed", "ok"] and "process that executes it ended" in done.results[0].error["value"]
