@@ -15,8 +15,8 @@ def git_hash(content):
 class Hub:
     """Serves `repos`; use as a context manager, and hand `url` on as HF_ENDPOINT.
 
-    `fault` decides how it answers: None well, a number with that status, "slow" after `delay_s` seconds, "hash" with other bytes of the same length
-    than announced, "short" with half a file. A pair (fault, text) fails only where the path holds that text."""
+    `fault` decides how it answers: None well, a number with that status, "slow" after `delay_s` seconds; weights and data "hash" with other bytes of
+    the same length than announced, "short" by half. A pair (fault, text) fails only where the path holds that text."""
 
     def __init__(self, delay_s=3.):
         self.repos, self.fault, self.delay_s, self.requests = {}, None, delay_s, []
@@ -115,6 +115,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD": self.wfile.write(content)
 
 
-def _large(name): return name.endswith((".safetensors", ".bin", ".parquet", ".arrow"))
+def _large(name): return name.endswith((".safetensors", ".bin", ".parquet", ".arrow", ".csv", ".jsonl"))
 
 def _lfs(content): return dict(sha256=hashlib.sha256(content).hexdigest(), size=len(content), pointerSize=130)

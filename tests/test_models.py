@@ -1,6 +1,9 @@
 """Models: every name loads what it says or says why not; geometry equals the real model; nothing is lost by cutting, saving, counting."""
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -194,10 +197,11 @@ def test_a_configuration_needs_no_weights(hub):
 
 
 @pytest.mark.parametrize("fault,says,task,alternative", [(404, "404", "encoder", "embedded:minilm"), (404, "404", "causal-lm", "random:llama-125m"),
-    (503, "answered 503", "classifier", "embedded:minilm"), (401, "HF_TOKEN", "encoder", "embedded:minilm"), ("slow", "within 1 s", "encoder", "embedded:minilm"),
-    ((503, "/resolve/"), "answered 503", "encoder", "embedded:minilm"), (("slow", "/resolve/"), "within 1 s", "encoder", "embedded:minilm")])
+    (503, "answered 503", "classifier", "embedded:minilm"), (401, "HF_TOKEN", "encoder", "embedded:minilm"),
+    ("slow", "within 1 s", "encoder", "embedded:minilm"), ((503, "/resolve/"), "answered 503", "encoder", "embedded:minilm"),
+    (("slow", "/resolve/"), "within 1 s", "encoder", "embedded:minilm")])
 def test_a_hub_that_fails_is_an_error_with_a_way_on(hub, fault, says, task, alternative, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 1, raising=False)
+    monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", .1, raising=False)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda s: None)
     hub.fault = fault
     with pytest.raises(Unavailable, match=says) as e: models.load(f"hub:{REPO}", task=task)
@@ -253,6 +257,16 @@ def test_a_full_disk_says_so(hub, monkeypatch):
     def full(*_, **__): raise OSError(28, "No space left on device")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
     with pytest.raises(Unavailable, match="no room in .* GB free"): models.load(f"hub:{REPO}")
+
+
+def test_the_small_hub_serves_data_sets_too(tmp_path):
+    "To the datasets library in a process of its own, since it reads HF_ENDPOINT when it is imported."
+    rows = b"text,label\n" + b"".join(b"text %d,%d\n" % (i, i % 2) for i in range(20))
+    with Hub() as hub:
+        hub.add("somebody/reviews", {"README.md": b"---\nlicense: apache-2.0\n---\n", "train.csv": rows, "test.csv": rows}, kind="datasets")
+        code = "import datasets; d = datasets.load_dataset('somebody/reviews', revision='main'); print({k: v.num_rows for k, v in d.items()}, d['train'][1])"
+        ran = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path)), capture_output=True, text=True)
+    assert ran.stdout.strip() == "{'train': 20, 'test': 20} {'text': 'text 1', 'label': 1}", ran.stderr[-2000:]
 
 
 # Folders
