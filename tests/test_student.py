@@ -46,6 +46,7 @@ def test_untouched_student_edition_fails_every_check(path):
     assert "BEGIN SOLUTION" not in nbformat.writes(nb)
 
 
+@pytest.mark.skipif(not EXERCISES, reason="no exercises yet")
 def test_work_is_not_overwritten(tmp_path, capsys):
     assert student.main([str(tmp_path)]) == 0
     written = next(tmp_path.glob("*/*_exercises.ipynb"))
