@@ -137,7 +137,8 @@ def test_inputs_change_with_everything_that_enters(course):
 
 def test_run_and_resume(course, go, tmp_path):
     row = dict(id="a", notebook="demo/one", written=1, variant="v")
-    write_notebook(course, "01_demo/01_one.ipynb", f"import os, json\nopen('rows.jsonl', 'w').write(json.dumps({row!r}))", "os.getcwd(), profile, out_dir, seed")
+    write = f"import os, json\nopen('rows.jsonl', 'w').write(json.dumps({row!r}))"
+    write_notebook(course, "01_demo/01_one.ipynb", write, "os.getcwd(), profile, out_dir, seed")
     counter = tmp_path/"counter"
     count = f"open({str(counter)!r}, 'a').write('x')\nassert len(open({str(counter)!r}).read()) > 1, 'the first time'"
     write_notebook(course, "01_demo/02_two.ipynb", count)
@@ -152,7 +153,7 @@ def test_run_and_resume(course, go, tmp_path):
     assert go(parameters=dict(seed="5"), fresh=True).folder != first.folder and counter.read_text() == "xxx"
     assert go(parameters=dict(seed="6")).folder != first.folder
     one = first.folder/"demo__one"
-    text = (one/"notebook.html").read_text() + (one/"notebook.ipynb").read_text() + (first.folder/"run.json").read_text()
+    text = "".join(f.read_text() for f in (one/"notebook.html", one/"notebook.ipynb", first.folder/"run.json"))
     assert str(tmp_path) not in text and "5)" in text and "<script src" not in text and "https://" not in text
     assert json.loads((first.folder/"rows.jsonl").read_text())["variant"] == "v"
     verdict = json.loads((first.folder/"verdict.json").read_text())
@@ -160,7 +161,8 @@ def test_run_and_resume(course, go, tmp_path):
     assert not list(first.folder.rglob(".*")), "nothing half-written is left"
 
 
-def claim(verdict): return dict(id=verdict, notebook="demo/one", text=f"a claim that is {verdict}, <&\"\x00", verdict=verdict, value=dict(value=1.5), at_most=1, reason="so")
+def claim(verdict):
+    return dict(id=verdict, notebook="demo/one", text=f"a claim that is {verdict}, <&\"\x00", verdict=verdict, value=dict(value=1.5), at_most=1, reason="so")
 
 
 def test_claims_decide(course, go):

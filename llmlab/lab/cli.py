@@ -200,7 +200,7 @@ def store_prune(
 # %% ../../nbs/lab/09_cli.ipynb #a75d78aa
 def main():
     "The command `llmlab`. What a user can put right ends in one sentence and its exit status, never in a traceback."
-    try: app()
+    try: app(prog_name="llmlab")
     except LabError as e:
         typer.echo(f"llmlab: {e}", err=True)
         sys.exit(e.exit_status)

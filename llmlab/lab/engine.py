@@ -216,7 +216,7 @@ def formula(
     from matplotlib.textpath import TextPath
     said = f'<code class="tex">{html.escape(tex)}</code>'
     try: path = TextPath((0, 0), f"${tex.strip()}$", size=100, prop=FontProperties(family="DejaVu Sans", math_fontfamily="stix"))
-    except Exception: return f'<p class="formula">{said}</p>' if display else said  # mathtext raises several kinds of errors
+    except Exception: return f'<span class="formula">{said}</span>' if display else said  # mathtext raises several kinds of errors
     letters = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C", Outline.CLOSEPOLY: "Z"}
     d = "".join("Z" if c == Outline.CLOSEPOLY else letters[c] + " ".join(f"{a:.0f}" for a in v * ([1, -1] * (len(v) // 2)))
         for v, c in path.iter_segments(simplify=False))
@@ -224,7 +224,7 @@ def formula(
     x0, y0, w, h = box.x0 - 4, -box.y1 - 4, box.width + 8, box.height + 8
     svg = (f'<svg role="img" aria-label="{html.escape(tex.strip(), quote=True)}" viewBox="{x0:.0f} {y0:.0f} {w:.0f} {h:.0f}" '
         f'style="height:{h / 100:.2f}em;vertical-align:{(box.y0 - 4) / 100:.2f}em;max-width:100%" fill="currentColor"><path d="{d}"/></svg>')
-    return f'<p class="formula">{svg}</p>' if display else svg
+    return f'<span class="formula">{svg}</span>' if display else svg
 
 _kept = re.compile(r"(?s)(<(pre|code|script|style|svg)\b.*?</\2>|<[^>]*>)")
 _tex = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|(?<![\\\w$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\d$])|\\\((.+?)\\\)", re.S)
@@ -254,15 +254,18 @@ def notebook_page(
     back:str="../report.html", # where its link leads
 )->str:             # HTML
     "One self-contained page: no remote reference, light and dark, readable on a phone."
-    import jinja2
+    import copy, jinja2
     from nbconvert.exporters import HTMLExporter
     from pygments.formatters import HtmlFormatter
+    nb = copy.deepcopy(nb)
+    for c in nb.cells:
+        if c.cell_type == "markdown": c.source = c.source.replace(r"\$", "\ue000")  # a dollar that opens no formula
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
     body, _ = exporter.from_notebook_node(nb)
     body = re.sub(r"(?s)<script\b[^>]*\bsrc=.*?</script>|<link\b[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>", "", body)
     colours = {o: HtmlFormatter(style=o).get_style_defs(".highlight") for o in ("default", "github-dark")}
     return jinja2.Environment(autoescape=True).from_string(asset("notebook.html.j2")).render(title=title, back=back, css=asset("page.css"),
-        light=colours["default"], dark=colours["github-dark"], body=with_formulas(body))
+        light=colours["default"], dark=colours["github-dark"], body=with_formulas(body).replace("\ue000", "$"))
 
 # %% ../../nbs/lab/01_engine.ipynb #ed869ace
 _by_class = dict(ClaimsFailed="claims", Unavailable="unavailable", Damaged="unavailable", UsageError="usage")
