@@ -61,7 +61,7 @@ def near_duplicates(
     "Which texts repeat an earlier one. Exact for equal words, MinHash for the rest. Raises `UsageError` for a threshold outside (0, 1]."
     if not 0 < threshold <= 1: raise UsageError(f"threshold={threshold} is out of range: above 0, at most 1")
     from datasketch import MinHash, MinHashLSH
-    index, seen, kept, found = MinHashLSH(threshold=threshold, num_perm=num_perm), set(), {}, []
+    index, seen, kept, found = MinHashLSH(threshold=min(threshold, .9), num_perm=num_perm), set(), {}, []
     empty = MinHash(num_perm=num_perm, seed=1, hashfunc=int)
     for i, text in enumerate(texts):
         words = _words(text)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from . import corpora, stats, store
 from .corpora import clean, mask_personal, near_duplicates, split_by_key  # noqa: F401  reached as data.clean …
-from .settings import LabError, UsageError, Unavailable, contained, home, unknown
+from .settings import UsageError, Unavailable, contained, home, unknown
 
 # %% ../../nbs/kit/03_data.ipynb #248245c9
 _EMBEDDED = {"embedded:parameter-type": corpora.parameter_type, "embedded:docstring-library": corpora.docstring_library,
@@ -151,17 +151,30 @@ def _local(path, text, label):
 # %% ../../nbs/kit/03_data.ipynb #e0839e1b
 _SHORT = {"imdb": ("stanfordnlp/imdb", None), "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1")}  # names in the literature, and where they are
 
+def _fetched(path, config, revision):
+    "The data set as the hub has it, else as an earlier visit left it. One question first: of a hub that is away the client asks for half a minute."
+    from unittest.mock import patch
+    from huggingface_hub import HfApi, constants
+    d = _datasets()
+    options = dict(revision=revision or None, cache_dir=str(home()/"hub"/"datasets"))
+    try: HfApi().dataset_info(path, revision=revision or None, timeout=float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
+    except Exception as away:
+        try:
+            with patch.object(d.config, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_OFFLINE", True): return d.load_dataset(path, config, **options)
+        except Exception: raise away from None
+    return d.load_dataset(path, config, **options)
+
 def _hub(name, text, label):
     "Rows by split of `hub:name[:config][@revision]`; a validation split is cut from training if there is none, a test split from what is left."
-    d = _datasets()
     rest, _, revision = name.removeprefix("hub:").partition("@")
     path, _, config = rest.partition(":")
     path, default = _SHORT.get(path, (path, None))
-    try: found = d.load_dataset(path, config or default, revision=revision or None, cache_dir=str(home()/"hub"/"datasets"))
+    try: found = _fetched(path, config or default, revision)
     except Exception as e:
-        if isinstance(e, ValueError) and re.search(r"[Cc]onfig", str(e)) and not isinstance(e, LabError): raise UsageError(f"{name}: {e}") from e
-        here = "embedded:parameter-type" if label or path != _SHORT["wikitext"][0] else "embedded:docstrings"
-        raise Unavailable(f"{name} cannot be had from {os.environ.get('HF_ENDPOINT') or 'the hub'} ({type(e).__name__}: {str(e).splitlines()[0][:200]}). "
+        if isinstance(e, ValueError) and re.search(r"[Cc]onfig", str(e)): raise UsageError(f"{name}: {e}") from e
+        here = "embedded:docstrings" if path == _SHORT["wikitext"][0] else "embedded:parameter-type"
+        said = (str(e).splitlines() or [""])[0][:200]
+        raise Unavailable(f"{name} cannot be had from {os.environ.get('HF_ENDPOINT') or 'the hub'} ({type(e).__name__}: {said}). "
                           f"Check the name and the network, or use {here}, which needs neither") from e
     rows = {o: _tidy(f"{name}, {o}", [r for r in found[o].to_list() if str(r.get(text or "text", "-")).strip()], text, label) for o in found}
     if "unsupervised" in rows: rows["unlabelled"] = [r | dict(label=None) for r in rows.pop("unsupervised")]
@@ -207,7 +220,7 @@ class DataCard:
         left = [0] * len(counts)
         for k in splits if self.classes else ():
             axes[0].barh(list(counts), n := [self.classes[k].get(c, 0) for c in counts], left=left, label=k); left = [a + b for a, b in zip(left, n)]
-        if self.classes: axes[0].legend(fontsize=8)
+        if self.classes: axes[0].set_xlim(0, 1.4 * max(left)); axes[0].legend(fontsize=8, loc="upper right", frameon=False)
         else: axes[0].barh(splits, [self.rows[k] for k in splits])
         axes[0].invert_yaxis(); axes[0].set(xlabel="rows", title=self.name)
         box = [dict(label=k, whislo=w[1], q1=w[2], med=w[3], q3=w[4], whishi=w[5]) for k, w in self.words.items()]
