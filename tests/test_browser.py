@@ -11,12 +11,13 @@ import urllib.request
 
 import pytest
 
-from conftest import TOP, launch
+from conftest import TOP, launch, notebooks
 
 sys.path.insert(0, str(TOP/"tools"))
 
 pytestmark = pytest.mark.browser
-NOTEBOOKS = ["nbs/index.ipynb", "nbs/kit/00_settings.ipynb", *sorted(str(f.relative_to(TOP)) for f in TOP.glob("nbs/01_selection/01_*.ipynb"))]
+NOTEBOOKS = ["nbs/index.ipynb", "nbs/kit/00_settings.ipynb", "nbs/01_selection/09_exercises.ipynb"]
+if os.environ.get("LLMLAB_BROWSER") == "all": NOTEBOOKS = notebooks()  # takes as long as the tiny profile
 
 RUN_ALL = """async path => {
     const app = window.jupyterapp;
@@ -95,6 +96,7 @@ def page(lab, chromium):
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_run_all_without_an_edit_and_saved_clean(notebook, lab, page):
     folder, _ = lab
+    if not (folder/notebook).exists(): pytest.skip(f"no {notebook} yet")
     before = (folder/notebook).read_bytes()
     done = page.evaluate(RUN_ALL, notebook)
     errors = [o for c in done["outputs"] for o in c["outputs"] if o["output_type"] == "error"]
