@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from llmlab.kit import stats, store
+from llmlab.kit import models, stats, store
 from llmlab.kit.settings import Unavailable, settings
 from llmlab.selection import candidates as c
 
@@ -85,8 +85,10 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch, tmp_path):
 
 
 def test_one_step_runs_for_both_kinds_of_model():
-    assert c.one_step("random:bert-tiny", 2, 8) is None
-    assert c.one_step("random:llama-tiny", 1, 4, training="lora") is None
+    weights = models.geometry("random:bert-tiny").weight_bytes()
+    answer, full = c.one_step("random:bert-tiny", 2, 8), c.one_step("random:bert-tiny", 2, 8, training="full")
+    assert weights < answer < 1.2 * weights and full > 4 * weights  # gradients and two moments
+    assert c.one_step("random:llama-tiny", 1, 4, training="lora") > models.geometry("random:llama-tiny").weight_bytes()
 
 
 def test_a_recipe_has_the_same_key_in_its_notebook_and_in_its_module():

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from ..kit import data, ledger, measure, metrics, models, pictures, stats, store
+from ..kit.geometry import Allocations
 from ..kit.settings import Settings, Unavailable, UsageError, settings
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #85702106
@@ -290,42 +291,40 @@ def one_step(
     tokens:int,
     training:str="",     # full, lora, or empty for one forward pass
     device:str="cpu",
-)->int|None:             # the allocator's peak in bytes on a GPU; on a CPU the process itself is what to look at
-    "Load a model and do one forward pass, or one whole training step with AdamW, on random tokens: what `models.memory_needed` foresees, for real."
+)->int:                  # bytes of all tensors at the peak
+    "Load a model and do one forward pass, or two training steps with AdamW, on random tokens: what `models.memory_needed` foresees, for real."
     lm = models.geometry(name).causal
     m = models.load(name, task="causal-lm" if lm else "encoder", device=device).model
     ids = torch.randint(m.config.vocab_size, (batch, tokens), device=device)
-    if not training:
-        with torch.inference_mode(): m(input_ids=ids)
-        return _allocated(device)
+    if training: return _train(m, ids, lm, training)
+    with torch.inference_mode(), Allocations() as seen: m(input_ids=ids)
+    return models.bytes_in_memory(m) + seen.peak
+
+def _train(m, ids, lm, training):
     if training == "lora":
         from peft import LoraConfig, get_peft_model
         m = get_peft_model(m, LoraConfig(r=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad])
-    for _ in range(2):
-        out = m(input_ids=ids, labels=ids).loss if lm else m(input_ids=ids).last_hidden_state.square().mean()
-        out.backward()
-        optimizer.step(); optimizer.zero_grad()
-    return _allocated(device)
-
-def _allocated(device): return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+    with Allocations() as seen:
+        for _ in range(2):  # the second step finds the optimizer's state in place
+            loss = m(input_ids=ids, labels=ids).loss if lm else m(input_ids=ids).last_hidden_state.square().mean()
+            loss.backward()
+            optimizer.step(); optimizer.zero_grad()
+    return models.bytes_in_memory(m) + seen.peak
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #741c9193
 def plot_memory(
     predicted:dict,  # (model, purpose) → models.Memory
-    measured:dict,   # (model, purpose) → peak bytes
+    counted:dict,    # (model, purpose) → bytes
     ax=None,         # matplotlib axes
 ):                   # the axes
-    "Memory by part as foreseen, with the measured peak as a mark on it."
+    "Memory as foreseen, with what was counted as a mark on it."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(7, .55 * len(predicted) + 1))[1]
-    parts = list(dict.fromkeys(p for m in predicted.values() for p in m.parts))
-    left = np.zeros(len(predicted))
-    for i, p in enumerate(parts):
-        width = np.array([m.parts.get(p, 0) / 1e6 for m in predicted.values()])
-        ax.barh(range(len(predicted)), width, left=left, label=p, color=f"C{i}", alpha=.7)
-        left += width
-    ax.plot([measured[k] / 1e6 if k in measured else np.nan for k in predicted], range(len(predicted)), "k|", ms=18, mew=3, label="measured peak")
+    ax = ax or plt.subplots(figsize=(7, .55 * len(predicted) + 1), layout="constrained")[1]
+    for y, (what, m) in enumerate(predicted.items()):
+        ax.barh(y, m.total_bytes / 1e6, color="C1", alpha=.35, label=None if y else "forecast")
+        ax.barh(y, m.parts["weights"] / 1e6, color="C1", alpha=.6, label=None if y else "… of which weights")
+        ax.plot(counted[what] / 1e6, y, "o", color="C0", label=None if y else "counted")
     ax.set(yticks=range(len(predicted)), yticklabels=[f"{n.split(':')[-1]}: {k}" for n, k in predicted], xlabel="MB")
-    ax.invert_yaxis(); ax.legend(fontsize=8); ax.grid(axis="x", alpha=.3)
+    ax.invert_yaxis(); ax.legend(fontsize=8, frameon=False); ax.spines[["top", "right"]].set_visible(False)
     return ax
