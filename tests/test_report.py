@@ -132,7 +132,7 @@ def test_names_do_not_cover_each_other():
 # pages of notebooks
 
 def test_a_notebook_page(monkeypatch, tmp_path):
-    text = "# T\nThe floor $t \\geq \\frac{a}{b}$ costs \\$5 or \\$6, and `$HOME`.\n\n$$x^2$$\n\n$\\unknowncommand{x}$ <a href='https://example.org/'>a link</a>"
+    text = "# T\nThe floor $t \\geq \\frac{a}{b}$ costs \\$5 or \\$6, and `$HOME`.\n\n$$x^2$$\n\n$\\unknowncommand{x}$ <a href='https://a.org/'>a link</a>"
     widget = v4.new_output("display_data", {"text/plain": "100%", "application/vnd.jupyter.widget-view+json": dict(model_id="1")})
     plot = v4.new_output("display_data", {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"})
     said = v4.new_output("stream", text=f"{Path.home()}/x {engine.checkout()}/nbs/y.py {engine.sys.prefix}/lib/z.py /tmp/ipykernel_12/34.py:1: Warning")
@@ -141,7 +141,7 @@ def test_a_notebook_page(monkeypatch, tmp_path):
     page = engine.notebook_page(nb, "demo/one")
     assert page.count("<svg") == 2 and "<script" not in page and "widget" not in page and "100%" in page and "data:image/png" in page
     assert '<code class="tex">\\unknowncommand{x}</code>' in page and "<code>$HOME</code>" in page and "costs $5 or $6" in page
-    assert not REMOTE.search(page.replace("https://example.org/", "")), "what a page loads; a link that one may follow is none"
+    assert not REMOTE.search(page.replace("https://a.org/", "")), "what a page loads; a link that one may follow is none"
     assert "cell&gt;:1: Warning" in page and "./nbs/y.py" in page
     assert str(Path.home()) + "/" not in page and str(engine.sys.prefix) not in page
 

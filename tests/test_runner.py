@@ -150,8 +150,13 @@ def test_run_and_resume(course, go, tmp_path):
     assert second.folder == first.folder and [(r.status, r.kept) for r in second.results] == [("ok", True), ("ok", False)] and second.exit_status == 0
     third = go(parameters=dict(seed="5"))
     assert [r.kept for r in third.results] == [True, True] and counter.read_text() == "xx"
-    assert go(parameters=dict(seed="5"), fresh=True).folder != first.folder and counter.read_text() == "xxx"
-    assert go(parameters=dict(seed="6")).folder != first.folder
+    p = plans.plan((), "smoke", parameters=dict(seed="5"), folder=course)
+    other = plans.plan((), "smoke", parameters=dict(seed="6"), folder=course)
+    for plan, fresh, same in ((p, False, True), (p, True, False), (other, False, False)):
+        folder, lock, again = runner.open_run(plan, first.folder.parent, fresh)
+        lock.release()
+        (folder/".lock").unlink(missing_ok=True)
+        assert (folder == first.folder) == again == same
     one = first.folder/"demo__one"
     text = "".join(f.read_text() for f in (one/"notebook.html", one/"notebook.ipynb", first.folder/"run.json"))
     assert str(tmp_path) not in text and "5)" in text and "<script src" not in text and "https://" not in text
@@ -269,6 +274,7 @@ if not pathlib.Path({str(flag)!r}).exists():
     assert process.returncode == 130 and "no kernel is left" in said
     assert not family(mark)
     done = read_run(find_run("latest", tmp_path/"runs"))
+    assert not list(done.folder.rglob(".*")), "nothing half-written is left"
     assert done.verdict == "interrupted" and json.loads((done.folder/"verdict.json").read_text())["exit_status"] == 130
     flag.touch()
     again = subprocess.run(command(course, tmp_path/"runs"), capture_output=True, text=True, timeout=60)

@@ -35,7 +35,7 @@ def words(
     spent = f"{duration(seconds)} of {duration(r.budget_s)}" if seconds is not None else ""
     what = "kept from before" if r.kept else "" if r.status in ("ok", "running") else ENDINGS.get(r.status, ("", r.status))[1]
     if r.status == "waiting": what = ""
-    if r.error and r.error.get("name") and r.status not in FINISHED: what += f": {r.error['name']}"
+    if r.error and r.error.get("name") and r.status in ("error", "usage", "unavailable"): what += f": {r.error['name']}"
     return _marks.get(r.status, "✗"), r.notebook, f"{r.cell}/{r.cells}" if r.cell or r.status == "running" else "", spent, said_claims(r.claims), what
 
 # %% ../../nbs/lab/03_progress.ipynb #5503cb00
@@ -103,7 +103,7 @@ class Live(Lines):
             late = r.status == "running" and now - getattr(r, "started", now) > .8 * r.budget_s
             name, spent = Text(row[1], "bold" if r.status == "running" else ""), Text(row[3], "yellow" if late else "")
             table.add_row(Text(row[0], style), name, row[2], spent, row[4], Text(row[5], style))
-        done = sum(r.status not in ("waiting", "running") for r in self.results)
+        done = sum(r.status not in ("waiting", "running", "interrupted") for r in self.results)
         table.add_row("", Text(self.note or f"{done} of {len(self.results)} done", "bright_black"))
         return table
 

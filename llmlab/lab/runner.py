@@ -330,6 +330,7 @@ def _run(p, where, again, show, package, report):
     except OSError as e: raise no_room(e, where) from e
     finally:
         end_marked(mark, family=True)
+        for half in (*where.glob("*/.partial.ipynb"), *where.rglob(".aside-*")): half.unlink(missing_ok=True)
         show.stop()
     _close_log(log, where)
     info["ceilings"] = _ceilings(p.device)
