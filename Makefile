@@ -94,7 +94,7 @@ gpu: ## the gpu profile on one CUDA GPU, with the CUDA build of torch
 
 jupyter: install ## JupyterLab on nbs/index.ipynb
 	@mkdir -p $(STORE)/config
-	@$(BIN)/jupyter lab nbs/index.ipynb $(ARGS)
+	@npm_config_cache=$(STORE)/config/npm $(BIN)/jupyter lab nbs/index.ipynb $(ARGS)
 
 locks: install ## make locks/ again from pyproject.toml; ARGS=--upgrade for the newest versions
 	@$(PY) tools/lock.py $(ARGS)

@@ -1,6 +1,8 @@
 """What the tests share."""
+import atexit
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,9 @@ def notebooks():
 
 
 def launch(playwright, executable):
-    "A headless browser that asks for nothing outside this machine."
+    "A headless browser that asks for nothing outside this machine and writes nothing into the home folder."
+    home = tempfile.mkdtemp(prefix="llmlab-browser-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")} | dict(HOME=home)
     quiet = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
-    return playwright.chromium.launch(executable_path=executable, args=[f"--{o}" for o in quiet])
+    return playwright.chromium.launch(executable_path=executable, env=env, args=[f"--{o}" for o in quiet])

@@ -56,9 +56,11 @@ def lab(tmp_path_factory, chromium):
     for name in ("pyproject.toml", "settings.ini", "README.md"): shutil.copy(TOP/name, folder)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "IPYTHON"))}
     (folder/"config").mkdir()
+    (folder/"home").mkdir()
     shutil.copy(TOP/"tools/jupyter_server_config.py", folder/"config")
-    env |= dict(PYTHONPATH=str(folder), LLMLAB_HOME=str(TOP/".llmlab"), JUPYTER_CONFIG_DIR=str(folder/"config"), **{k: str(folder/"config"/k.lower()) for k in (
-        "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")})
+    env |= dict(PYTHONPATH=str(folder), LLMLAB_HOME=str(TOP/".llmlab"), JUPYTER_CONFIG_DIR=str(folder/"config"), HOME=str(folder/"home"),
+        **{k: str(folder/"config"/k.lower()) for k in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
+            "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")})
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=",
                "--allow-root", "--ServerApp.ip=127.0.0.1", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=",
                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]

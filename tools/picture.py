@@ -1,5 +1,5 @@
 """The picture of a report that README.md shows: python tools/picture.py [RUN FOLDER]; the latest run if none is named. Needs a chromium."""
-import io, shutil, sys
+import io, os, shutil, sys, tempfile
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
@@ -12,8 +12,9 @@ def picture(report, out, width=1180, height=1400):
     from playwright.sync_api import sync_playwright
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not browser: raise SystemExit("no chromium here (on Debian: apt install chromium)")
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"])
+    with sync_playwright() as p, tempfile.TemporaryDirectory() as home:
+        b = p.chromium.launch(executable_path=browser, env=dict(os.environ, HOME=home),
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"])
         page = b.new_page(viewport=dict(width=width, height=height), color_scheme="light")
         page.goto(report.resolve().as_uri())
         shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
