@@ -86,6 +86,30 @@ def test_source_enters_the_key_and_comments_do_not():
     assert store.key(a) == store.key(b) != store.key(c)
 
 
+def test_helpers_and_constants_enter_the_key_and_nothing_else(tmp_path, monkeypatch):
+    import importlib
+    text = """
+import re
+from llmlab.kit import store
+PATTERN, TABLE, OTHER, seed = re.compile("a+"), {"x": (1, {2, 3})}, 1, 2
+def helper(x): return [deep(o) for o in x]
+def deep(x): return TABLE
+def unused(): return 1
+@store.recipe()
+def made(folder, *, n=1): return dict(a=[PATTERN.sub("", str(o.seed)) for o in helper([n])])
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    def key(i, old="", new=""):
+        (tmp_path/f"changing{i}.py").write_text(text.replace(old, new) if old else text)
+        importlib.invalidate_caches()
+        return store.key(importlib.import_module(f"changing{i}").made)
+    same = key(0)
+    for i, (old, new) in enumerate([("1, 2\n", "5, 6\n"), ("return 1", "return 2"), ("def helper(x): ", "def helper(x):  # why\n  ")], 1):
+        assert key(i, old, new) == same, old
+    for i, (old, new) in enumerate([('"a+"', '"b+"'), ("{2, 3}", "{2, 4}"), ("return TABLE", "return (TABLE)[0]"), ("deep(o)", "deep(0)")], 11):
+        assert key(i, old, new) != same, old
+
+
 def test_version_uses_and_device_enter_the_key():
     other = make("return dict(n=2)", "other")
     keys = [store.key(make("return {}", **o)) for o in (dict(), dict(version=2), dict(uses="numpy"), dict(uses=("numpy", "python")), dict(uses=other),

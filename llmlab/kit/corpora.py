@@ -154,7 +154,7 @@ def _read_libraries(libraries, out):
                     text, masked = mask_personal(clean(text))
                     if text: f.write(json.dumps(dict(library=library, module=module, name=qualname, text=text, masked=masked)) + "\n")
 
-_READING = ("python", *sorted(set(LIBRARIES.values()) - {"python"}), clean, mask_personal, source_files, docstrings_in, _read_libraries)
+_READING = ("python", *sorted(set(LIBRARIES.values()) - {"python"}), _read_libraries)  # the workers' function is named in text only
 _SHARES = (("torch", "numpy", "sympy", "sklearn", "networkx"), ("transformers", "scipy", "stdlib", "pandas", "matplotlib"))  # about equal work
 
 @store.recipe(version=1, uses=_READING)
@@ -266,9 +266,7 @@ def _save(folder, rows, fractions=None):
     splits = split_by_key([r["module"] for r in rows], fractions)
     for name in fractions or SPLITS: _write(folder/f"{name}.jsonl", sorted((r for r, split in zip(rows, splits) if split == name), key=_order))
 
-_SHARED = ("module:llmlab.kit.corpora", "datasketch")
-
-@store.recipe(version=1, uses=_SHARED)
+@store.recipe(version=1, uses="datasketch")
 def parameter_type(folder, *, source, per_class=900, words=40):
     "Descriptions of parameters, labelled by type; those without a label, or beyond the classes' size, from training modules only, apart."
     found, first = 0, {}
@@ -298,7 +296,7 @@ def prose(
         body.append(p)
     return mask_names(summary[:1000]), mask_names(" ".join(body)[:2000])
 
-@store.recipe(version=1, uses=_SHARED)
+@store.recipe(version=1, uses="datasketch")
 def docstring_library(folder, *, source, per_class=1200, words=60):
     "Beginnings of docstrings, labelled by library."
     rows = [dict(text=" ".join(f"{summary} {body}".split()[:words]), label=r["library"], module=r["module"])
@@ -309,7 +307,7 @@ def docstring_library(folder, *, source, per_class=1200, words=60):
     return dict(labelled=len(rows), by_class=dict(Counter(r["label"] for r in rows)))
 
 # %% ../../nbs/kit/03_corpora.ipynb #f92e8396
-@store.recipe(version=1, uses=_SHARED)
+@store.recipe(version=1, uses="datasketch")
 def summary_body(folder, *, source, words=100):
     "Pairs of a docstring's first paragraph and what follows."
     rows = []
@@ -322,7 +320,7 @@ def summary_body(folder, *, source, words=100):
     return dict(pairs=len(rows))
 
 # %% ../../nbs/kit/03_corpora.ipynb #f93348a2
-@store.recipe(version=1, uses=_SHARED)
+@store.recipe(version=1, uses="datasketch")
 def running_text(folder, *, source, characters=80):
     "Docstrings of at least some length, whole."
     rows = [dict(text=r["text"], module=r["module"]) for r in _read(source/"docstrings.jsonl") if len(r["text"]) >= characters]

@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'recipe', 'Artefact', 'key', 'build', 'Kept', 'Shelf', 'artefacts', 'prune']
 
 # %% ../../nbs/kit/02_store.ipynb #ea68c782
-import ast, errno, hashlib, html, inspect, json, math, os, platform, shutil, sys, textwrap, time, uuid, warnings
+import ast, errno, hashlib, html, inspect, json, math, os, platform, re, shutil, sys, textwrap, time, uuid, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -29,7 +29,7 @@ def recipe(
     version:int=1,  # raise it when the result changes though the source does not
     uses=(),        # other recipes, functions, names of distributions, "module:llmlab.kit.data" for a whole module, "python"
 ):                  # a decorator
-    "Declare a function `make(folder, *, …)` as a recipe. What it `uses` enters the key: versions of distributions, source of the rest."
+    "Declare a function `make(folder, *, …)` as a recipe. Its source and its module's functions that it calls enter the key, and what it `uses`."
     def decorate(make):
         return Recipe(make, make.__name__, version, (uses,) if isinstance(uses, (str, Recipe)) else tuple(uses))
     return decorate
@@ -75,9 +75,37 @@ def _digest(value): return hashlib.sha256(json.dumps(value, sort_keys=True, ensu
 
 def _tree(text): return hashlib.sha256(ast.dump(ast.parse(textwrap.dedent(text))).encode()).hexdigest()  # blind to comments and layout
 
+def _loads(code):
+    "The global names that a code object, or one inside it, loads."
+    import dis
+    inner = [_loads(c) for c in code.co_consts if inspect.iscode(c)]
+    return {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}.union(*inner)
+
+def _plain(value):
+    "A constant as text that is the same in every process, or None for what is no plain constant."
+    if value is None or isinstance(value, (bool, int, float, str, bytes)): return repr(value)
+    if isinstance(value, re.Pattern): return repr((value.pattern, value.flags))
+    if isinstance(value, dict): value, mark = [x for kv in value.items() for x in kv], "{}"
+    elif isinstance(value, (list, tuple)): mark = "[]"
+    elif isinstance(value, (set, frozenset)): value, mark = sorted(value, key=repr), "()"
+    else: return None
+    parts = [_plain(v) for v in value]
+    return None if None in parts else mark[0] + ",".join(parts) + mark[1]
+
 def _source(make):
-    try: return _tree(inspect.getsource(make))
-    except (OSError, TypeError) as e: raise UsageError(f"the source of {make!r} cannot be read, so it cannot be a recipe: define it in a file or a cell") from e
+    "Hash of a function's source, of the functions of its module that it calls, and of the constants that they read."
+    seen = {}
+    def visit(f):
+        try: seen[f.__qualname__] = _tree(inspect.getsource(f))
+        except (OSError, TypeError) as e: raise UsageError(f"the source of {f!r}, part of a recipe, cannot be read: define it in a file or a cell") from e
+        for name in sorted(n for n in _loads(f.__code__) & f.__globals__.keys() if not n.startswith("__")):
+            value = f.__globals__[name]
+            value = inspect.unwrap(value.make if isinstance(value, Recipe) else value) if callable(value) else value
+            if inspect.isfunction(value):
+                if value.__module__ == f.__module__ and value.__qualname__ not in seen: visit(value)
+            elif (text := _plain(value)) is not None: seen[name] = text
+    visit(inspect.unwrap(make))
+    return _digest(seen)
 
 @cache
 def _module_source(path, mtime): return _tree(Path(path).read_text("utf-8"))
