@@ -69,7 +69,7 @@ def test_no_machine_path():
     for f in repository():
         if f.suffix not in TEXT or f == Path(__file__): continue
         text = f.read_text("utf-8")
-        found = [o for o in here if len(o) > 5 and o in text] + MACHINE.findall(text)
+        found = [o for o in here if len(o) > 5 and o in text] + (MACHINE.findall(text) if "tests" not in f.parts else [])  # tests mask invented ones
         assert not found, f"{f.relative_to(TOP)} names {found}"
 
 
