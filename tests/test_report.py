@@ -129,6 +129,36 @@ def test_names_do_not_cover_each_other():
     assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("width, scheme", [(1200, "light"), (390, "dark")])
+def test_in_a_browser(full, chromium, width, scheme):
+    "Sorted and filtered by keyboard; nothing asked of a network; no sideways scrolling of the page on a phone."
+    from conftest import launch
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        browser = launch(p, chromium)
+        page = browser.new_page(viewport=dict(width=width, height=800), color_scheme=scheme)
+        asked, wrong = [], []
+        page.on("request", lambda r: asked.append(r.url))
+        for event in ("console", "pageerror"): page.on(event, lambda e: wrong.append(str(e)))
+        page.goto(report.write_report(full).resolve().as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 25, 30)"
+        assert dark == (scheme == "dark")
+        ledger = page.locator("#ledger-table")
+        variants = lambda: [o.split("\n")[0].strip() for o in ledger.locator("tbody tr:visible th").all_inner_texts()]
+        head = ledger.locator("th", has=page.locator("button", has_text="on disk"))
+        head.locator("button").focus()
+        for order in ("ascending", "descending"):
+            page.keyboard.press("Enter")
+            assert head.get_attribute("aria-sort") == order and variants()[-1] == "challenger", "an empty cell is last in both orders"
+            assert variants()[0] == ("int8 & co" if order == "ascending" else "fp32 <b>")
+        page.locator("[data-for=ledger-table] input").fill("int8")
+        assert variants() == ["int8 & co"] and "1 of 4 rows" in page.locator("[data-for=ledger-table] [role=status]").inner_text()
+        browser.close()
+    assert len(asked) == 1 and not wrong
+
+
 # pages of notebooks
 
 def test_a_notebook_page(monkeypatch, tmp_path):

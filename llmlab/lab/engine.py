@@ -75,7 +75,7 @@ class NoKernel(RuntimeError):
 
 def _why_ended(code):
     if code is None: return "the kernel's process is gone"
-    if code == -9: return "the kernel was killed (signal 9). Most often the memory ran out: see the peak in `llmlab doctor`, or take a smaller profile"
+    if code == -9: return "the kernel was killed (signal 9). Most often the memory ran out: close what else is open, or take a smaller profile"
     if code < 0: return f"the kernel was ended by signal {-code}" + (" (segmentation fault)" if code == -11 else "")
     return f"the kernel's process ended by itself with status {code}"
 
