@@ -362,3 +362,13 @@ def test_the_kit_without_data_stays_light():
     heavy = ("torch", "datasets", "pandas", "sklearn", "numpy")
     done = python(f"import sys, llmlab.kit.store, llmlab.kit.data; print([m for m in {heavy} if m in sys.modules])")
     assert done.stdout.strip() == "[]"
+
+
+def test_the_origin_changes_with_the_data(tmp_path):
+    mine = tmp_path/"mine.csv"
+    mine.write_text("text,label\na,0\n")
+    before = data.origin(str(mine))
+    mine.write_text("text,label\nb,0\n")
+    assert data.origin(str(mine)) != before and data.origin("hub:imdb@abc") == "hub:imdb@abc"
+    assert len({data.origin(n) for n in data.names()}) == len(data.names())
+    with pytest.raises(UsageError, match="embedded:docstrings"): data.origin("embedded:docstring")

@@ -372,7 +372,8 @@ def test_best_keeps_bounds_first_and_may_ask_for_proof(tmp_path):
     s = settings("smoke", out_dir=tmp_path, device="cpu")
     book = start("some/thing", s)
     right = [1.0] * 80 + [0.0] * 20
-    for name, correct, ms, size in (("dear", right, 9, 100), ("near", right[1:] + [0.0], 3, 100), ("poor", [0.0] * 50 + right[:50], 2, 100), ("small", [0.0] * 100, 1, 1)):
+    near, poor = right[1:] + [0.0], [0.0] * 50 + right[:50]
+    for name, correct, ms, size in (("dear", right, 9, 100), ("near", near, 3, 100), ("poor", poor, 2, 100), ("small", [0.0] * 100, 1, 1)):
         book.row(name, model=name, quality={"accuracy": estimate(correct, "%")}, size_bytes=size, time_ms=exact(ms, "ms"))
     assert book.ledger.best().chosen.variant == "dear"
     assert book.ledger.best(tolerance=None).chosen.variant == "near"  # 80 against 79 of 100 shows nothing; 80 against 50 does

@@ -92,6 +92,7 @@ def test_one_step_runs_for_both_kinds_of_model():
 
 
 def test_a_recipe_has_the_same_key_in_its_notebook_and_in_its_module():
-    arguments = dict(encoder="random:bert-tiny", task="embedded:parameter-type", layers=(1, 2), pooler=True, limits={})
+    arguments = dict(encoder="random:bert-tiny", task="embedded:parameter-type", made_from="x", layers=(1, 2), pooler=True, limits={})
     in_notebook = store.Recipe(c.features.make, c.features.name.rpartition(".")[2], c.features.version, c.features.uses)
+    assert store.key(c.features, **arguments | dict(made_from="y")) != store.key(c.features, **arguments)  # other data, other features
     assert store.key(in_notebook, **arguments) == store.key(c.features, **arguments)

@@ -538,7 +538,7 @@ def best(
     lower:bool|None=None,       # whether less of it is better; None: known for losses, errors and perplexities
     **at_most,                  # bounds on other figures, such as size_bytes=50e6
 )->Decision:
-    "The variant of least cost among those that keep the bounds and the quality of the best of them. Raises `UsageError` where no variant has both quality and cost."
+    "The variant of least cost that keeps the bounds and the quality of the best that do. Raises `UsageError` where none has both quality and cost."
     column, metric = _costs.get(prefer, prefer), _metric(ledger, quality)
     lower = metric in _lower_is_better if lower is None else lower
     found, limits = _candidates(ledger, column, metric), {_costs.get(k, k): v for k, v in at_most.items()}

@@ -14,7 +14,8 @@ from ..kit import models, stats
 class _Machine:
     "A clock and two functions on a machine that slows down all the time; first calls are slow, and some calls are disturbed."
     def __init__(self, ratio, seed):
-        self.now, self.speed, self.seen, self.calls, self.chance, self.ratio = 0., 1., set(), [], random.Random(seed), ratio
+        self.now, self.speed, self.ratio = 0., 1., ratio
+        self.seen, self.calls, self.chance = set(), [], random.Random(seed)
     def clock(self): return self.now
     def run(self, name):
         self.calls.append(name)
@@ -31,10 +32,11 @@ def check_fair_ratio(
         m = _Machine(ratio, seed)
         got = fair_ratio(lambda: m.run("a"), lambda: m.run("b"), 41, m.clock)
         assert isinstance(got, (int, float)), f"a number is asked for, got {got!r}"
-        assert m.calls.count("a") >= 41 and m.calls.count("b") >= 41, f"41 pairs were asked for; a ran {m.calls.count('a')} times, b {m.calls.count('b')} times"
+        for name in "ab": assert m.calls.count(name) >= 41, f"41 pairs were asked for; {name} ran {m.calls.count(name)} times"
         longest = max(len(list(g)) for _, g in itertools.groupby(m.calls))
         assert longest <= 3, f"one function ran {longest} times in a row: take turns"
-        assert abs(got / ratio - 1) < .1, f"the true ratio is {ratio}, yours {got:.3f}: are warm-up and disturbed calls kept out, and is the ratio taken within each pair?"
+        assert abs(got / ratio - 1) < .1, (f"the true ratio is {ratio}, yours {got:.3f}: are warm-up and disturbed calls kept out, "
+            "and is the ratio taken within each pair?")
     return "correct"
 
 # %% ../../nbs/01_selection/09_exercises.ipynb #a2d0f98b
