@@ -129,3 +129,11 @@ def test_every_setting_is_used(key):
     used = re.compile(rf"""\b(s|\w*settings)\.{key}\b|values\["{key}"\]""")
     code = ["".join(c["source"]) for n in notebooks() for c in json.loads((TOP/n).read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
     assert any(used.search(c) for c in code), f"no notebook uses {key}"
+
+
+def test_a_budget_is_the_nearest_one(tmp_path):
+    ini = tmp_path/"settings.ini"
+    text = (TOP/"settings.ini").read_text()
+    head = "\n".join(line for line in text.split("[smoke]")[0].splitlines() if not line.startswith("budget_s"))
+    ini.write_text(f"{head}\nbudget_s = 10\nbudget_s.a/b = 20\n[plain]\n[long]\nbudget_s = 30\n[own]\nbudget_s = 30\nbudget_s.a/b = 40\n")
+    assert [budget_s(n, p, ini) for p in ("plain", "long", "own") for n in ("a/b", "a/c")] == [20, 10, 30, 30, 40, 30]

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from .footprint import Energy, GpuCounters, Monitor, Peak, energy, fresh_process_peak, gpu_counters, peak_memory
 from .machine import (Ceilings, Forecast, Forecasts, Work, ceilings, count_ops, hardware, predict, reader, sample, synchronise, work)
+from .pictures import plain_log
 from .settings import UsageError, unknown
 from .stats import Estimate, Table, estimate, ratio, written
 
@@ -137,18 +138,13 @@ class Comparison(Mapping):
             note = "baseline" if name == self.baseline else written(o.ratio.value, "×", o.ratio.high - o.ratio.low)
             ax.annotate(note, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
         shown = [v for line in ax.lines for v in line.get_xdata() if v > 0]
-        if max(shown) > 15*min(shown): _plain_log(ax)
+        if max(shown) > 15*min(shown):
+            ax.set_xscale("log"); plain_log(ax.xaxis)
         else: ax.set_xlim(left=0)
         ax.set(yticks=range(len(self)), yticklabels=list(self), ylim=(len(self) - .5, -.5), xlabel=f"{o.time.unit} a call")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
         return ax
-
-def _plain_log(ax):
-    "A logarithmic axis whose ticks are plain numbers."
-    from matplotlib.ticker import LogLocator, NullFormatter
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter("{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
 
 def _foreseen(o):
     if not o.forecast: return [None, None, None]

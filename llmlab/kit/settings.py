@@ -172,11 +172,11 @@ def budget_s(
     profile:str,       # a profile's name
     file=None,         # another settings file
 )->float:              # seconds
-    "How long a notebook may take under a profile: the key `budget_s.<notebook>`, else `budget_s`."
+    "How long a notebook may take under a profile: its own `budget_s.<notebook>`, else its `budget_s`, else the same two of [DEFAULT]."
     ini = _ini(file)
     if profile not in ini.sections(): raise unknown("profile", profile, ini.sections())
     own = f"{_budget}.{notebook}"
-    text = ini[profile].get(own, ini[profile][_budget])
+    text = next(section[key] for section in (ini._sections[profile], ini.defaults()) for key in (own, _budget) if key in section)
     try: seconds = float(text)
     except ValueError: seconds = -1.
     if seconds <= 0: raise UsageError(f"{own} must be a number of seconds above 0, got {text!r}")

@@ -8,7 +8,7 @@ __all__ = ['recipe', 'Candidate', 'majority', 'fit_best', 'tfidf', 'sentence_vec
            'bend', 'plot_throughput', 'matmuls', 'one_step', 'plot_memory']
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #db0599ca
-import inspect, pickle, sys, time
+import pickle, sys, time, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +63,6 @@ def fit_best(
     grid=(.1, 1., 10.),   # values of C to try
 ):                        # the fitted classifier that is best on the validation data
     "Fit once for each C and keep what labels the validation data best. The test data is not asked."
-    import warnings
     from sklearn.exceptions import ConvergenceWarning
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -225,7 +224,7 @@ def forecast(
     floor = 2 * 8 * tokens * len(texts) / ceilings.bandwidth(c.memory_bytes) / 1e9
     return measure.Forecast(seconds=floor + python_calls(lambda: c.predict(texts)) * call_s, floor_seconds=floor, bound="dispatch")
 
-# %% ../../nbs/01_selection/01_candidates.ipynb #28080e0f
+# %% ../../nbs/01_selection/01_candidates.ipynb #5174c322
 def throughput_curve(
     candidates:dict,    # name → Candidate
     text:str,           # repeated to fill a batch, so that no padding disturbs
@@ -233,13 +232,12 @@ def throughput_curve(
     pairs:int=5,
     warmup:int=1,
     device:str="cpu",
-    progress:bool=True,
 )->dict:                # name → {batch size: texts a second, stats.Estimate}
     "Texts a second over batch size, all candidates in turns at each size."
     curve = {name: {} for name in candidates}
     for batch in batch_sizes:
         calls = {name: partial(c.predict, [text] * batch) for name, c in candidates.items()}
-        speeds = measure.compare(calls, baseline=next(iter(calls)), pairs=pairs, warmup=warmup, device=device, progress=progress)
+        speeds = measure.compare(calls, baseline=next(iter(calls)), pairs=pairs, warmup=warmup, device=device)
         for name in candidates: curve[name][batch] = speeds[name].per_second(batch, "texts/s")
     return curve
 
@@ -260,14 +258,14 @@ def plot_throughput(
 ):                   # the axes
     "Measured throughput with intervals over batch size, the forecast as a line, the bend marked."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(7, 4))[1]
+    ax = ax or plt.subplots(figsize=(8, 4), layout="constrained")[1]
     for i, (name, rates) in enumerate(curve.items()):
         b, e = list(rates), list(rates.values())
         ax.errorbar(b, [o.value for o in e], [[o.value - o.low for o in e], [o.high - o.value for o in e]], fmt="o", color=f"C{i}", label=f"{name}, measured")
         ax.plot(b, [foreseen[name][o] for o in b], "--", color=f"C{i}", label=f"{name}, forecast")
         ax.axvline(bend(rates), color=f"C{i}", alpha=.25, lw=4)
     ax.set(xscale="log", xlabel="batch size", ylabel="texts per second", ylim=(0, None), xticks=b, xticklabels=b)
-    ax.minorticks_off(); ax.legend(); ax.grid(alpha=.3)
+    ax.minorticks_off(); ax.grid(alpha=.3); ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #8ec347b6
@@ -304,7 +302,9 @@ def one_step(
 def _train(m, ids, lm, training):
     if training == "lora":
         from peft import LoraConfig, get_peft_model
-        m = get_peft_model(m, LoraConfig(r=8, target_modules="all-linear"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers for a name that will go
+            m = get_peft_model(m, LoraConfig(r=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad])
     with Allocations() as seen:
         for _ in range(2):  # the second step finds the optimizer's state in place
