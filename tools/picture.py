@@ -1,5 +1,5 @@
-"""The picture of a report that README.md shows: python tools/picture.py [RUN FOLDER]; the latest run if none is named. Needs a chromium."""
-import io, os, shutil, sys, tempfile
+"""The picture of a report that README.md shows: `python tools/picture.py [RUN]`. Needs a chromium."""
+import argparse, io, os, shutil, tempfile
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
@@ -26,7 +26,9 @@ def picture(report, out, width=1180, height=1400):
 
 
 if __name__ == "__main__":
-    runs = [Path(o) for o in sys.argv[1:]] or sorted((TOP/"_runs").glob("*-*/report.html"))
-    if not runs: raise SystemExit("no run here. First: llmlab run")
-    report = runs[-1]/"report.html" if runs[-1].is_dir() else runs[-1]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path, help="a run folder; the latest one if none is named")
+    runs = sorted((TOP/"_runs").glob("*-*/report.html"))
+    report = (given := parser.parse_args().run) and given/"report.html" or (runs[-1] if runs else None)
+    if not report or not report.is_file(): raise SystemExit(f"no report at {report or '_runs/'}. First: llmlab run")
     print(picture(report, TOP/"nbs"/"images"/"report.png"))
