@@ -26,13 +26,14 @@ def recipe(
     n_labels:int,  # classes
     seed:int=0,    # of the classifier's head, which nobody has trained
 )->dict:           # what the recipe reports
-    "A model comparison as tutorials write it: one call, no warm-up, system-wide memory, no accuracy. For showing only."
+    "A model comparison as tutorials write it: one call, no warm-up, system-wide memory, no accuracy. To show."
     import psutil
     before = psutil.virtual_memory().used
     m = models.load(name, task="classifier", n_labels=n_labels, seed=seed)
     start = time.time()
     out = m.model(**m.tokenizer(text, return_tensors="pt", padding="max_length", max_length=128, truncation=True))
-    return dict(seconds=time.time() - start, memory_mb=(psutil.virtual_memory().used - before) / 1e6, label=out.logits.argmax().item())
+    seconds, used = time.time() - start, psutil.virtual_memory().used - before
+    return dict(seconds=seconds, memory_mb=used / 1e6, label=out.logits.argmax().item())
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #88d3ab7e
 @dataclass(frozen=True)
@@ -261,11 +262,12 @@ def plot_throughput(
     ax = ax or plt.subplots(figsize=(8, 4), layout="constrained")[1]
     for i, (name, rates) in enumerate(curve.items()):
         b, e = list(rates), list(rates.values())
-        ax.errorbar(b, [o.value for o in e], [[o.value - o.low for o in e], [o.high - o.value for o in e]], fmt="o", color=f"C{i}", label=f"{name}, measured")
+        bars = [[o.value - o.low for o in e], [o.high - o.value for o in e]]
+        ax.errorbar(b, [o.value for o in e], bars, fmt="o", color=f"C{i}", label=f"{name}, measured")
         ax.plot(b, [foreseen[name][o] for o in b], "--", color=f"C{i}", label=f"{name}, forecast")
         ax.axvline(bend(rates), color=f"C{i}", alpha=.25, lw=4)
-    ax.set(xscale="log", xlabel="batch size", ylabel="texts per second", ylim=(0, None), xticks=b, xticklabels=b)
-    ax.minorticks_off(); ax.grid(alpha=.3); ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set(xscale="log", xlabel="batch size", ylabel="texts per second", ylim=(0, None))
+    ax.set(xticks=b, xticklabels=b); ax.minorticks_off(); ax.grid(alpha=.3); ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #8ec347b6
