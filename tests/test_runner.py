@@ -16,12 +16,12 @@ import nbformat
 import psutil
 import pytest
 
-from llmlab.kit.settings import Unavailable, UsageError
+from llmlab.kit.settings import Unavailable, UsageError, budget_s
 from llmlab.lab import engine, plan as plans, runner
 from llmlab.lab.results import exit_status, find_run, merged, read_run
 
 v4 = nbformat.v4
-SMOKE_BUDGET = 60
+SMOKE_BUDGET = budget_s("demo/one", "smoke")
 
 
 def write_notebook(folder, path, *cells, parameters='profile = "tiny"\nseed = 0\nout_dir = ""'):
