@@ -26,7 +26,7 @@ AT_81 = Estimate(81, 79, 83, 1000, "%")
 def light(monkeypatch):
     "Rows do not wait for a look at the machine and at git."
     monkeypatch.setattr(ledger, "_hardware", lambda: dict(cpu="a cpu", cores=2, gpus=[], threads=1, torch="2"))
-    monkeypatch.setattr(ledger, "_revision", lambda: "abc")
+    monkeypatch.setattr(ledger, "revision", lambda: "abc")
 
 
 def settings_for(folder, profile="tiny", **more): return replace(settings(profile, device="cpu", resolve=False, out_dir=folder), **more)
@@ -61,7 +61,7 @@ def test_a_row_written_twice_replaces_itself(book):
 def test_the_same_experiment_has_the_same_id_whatever_ran_it(tmp_path, monkeypatch):
     a = start("selection/candidates", settings_for(tmp_path/"a")).row("fp32", workload=WORK)
     monkeypatch.setattr(ledger, "_hardware", lambda: dict(cpu="a cpu", cores=2, gpus=[], threads=1, torch="3", memory_bytes=5))
-    monkeypatch.setattr(ledger, "_revision", lambda: "def+changes")
+    monkeypatch.setattr(ledger, "revision", lambda: "def+changes")
     assert start("selection/candidates", settings_for(tmp_path/"b")).row("fp32", workload=WORK).id == a.id
     monkeypatch.setattr(ledger, "_hardware", lambda: dict(cpu="another", cores=2, gpus=[], threads=1))
     assert start("selection/candidates", settings_for(tmp_path/"c")).row("fp32", workload=WORK).id != a.id
@@ -364,7 +364,7 @@ def test_reading_needs_nothing_heavy(book):
 
 def test_what_surrounds_a_row(monkeypatch):
     monkeypatch.undo()
-    assert ledger._versions()["python"] and (ledger._revision() or "x")[:1].isalnum()
+    assert ledger._versions()["python"] and (ledger.revision() or "x")[:1].isalnum()
     assert {"cpu", "cores"} <= set(ledger._machine(ledger._hardware()))
 
 

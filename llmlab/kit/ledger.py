@@ -10,7 +10,7 @@ import hashlib, json, math, os, re, time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from .settings import ClaimsFailed, Damaged, Settings, Unavailable, UsageError, checkout, runs, unknown
+from .settings import ClaimsFailed, Damaged, Settings, Unavailable, UsageError, installed, revision, runs, unknown
 from .claims import Claim, Claims, judge
 from .pictures import foretold, trade_off
 from .stats import Estimate, Table, difference, exact, written
@@ -199,21 +199,7 @@ _files = {"rows.jsonl": Row, "claims.jsonl": Claim}
 
 def _hash(*parts): return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
-def _versions():
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-    found = dict(python=platform.python_version())
-    for name in ("torch", "transformers", "datasets", "numpy", "scikit-learn", "llmlab"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
-    return found
-
-def _revision():
-    import subprocess
-    def git(*args): return subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    if not checkout(): return None
-    try: return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError): return None
+def _versions(): return {k: v for k, v in installed("torch", "transformers", "datasets", "numpy", "scikit-learn").items() if v}
 
 def _hardware():
     from llmlab.kit import machine
@@ -238,7 +224,7 @@ class Book:
     ):
         if not re.fullmatch(r"\w+/\w+", notebook): raise UsageError(f"a book is named like 'selection/candidates', got {notebook!r}")
         self.notebook, self.s, self.folder = notebook, s, Path(folder)
-        self._about = dict(profile=s.profile, device=s.device, seed=s.seed, versions=_versions(), hardware=_hardware(), revision=_revision())
+        self._about = dict(profile=s.profile, device=s.device, seed=s.seed, versions=_versions(), hardware=_hardware(), revision=revision())
         self._last = 0.
         self._rows, self._claims = ({o.id: o for o in _lines(self.folder/name, kind) if o.notebook != notebook} for name, kind in _files.items())
         self._save("rows.jsonl", self._rows); self._save("claims.jsonl", self._claims)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LabError', 'UsageError', 'ClaimsFailed', 'Unavailable', 'Damaged', 'unknown', 'expected_error', 'checkout', 'home',
-           'runs', 'contained', 'Settings', 'profiles', 'budget_s', 'devices', 'resolve_device', 'seed_everything',
-           'settings']
+           'runs', 'revision', 'installed', 'contained', 'Settings', 'profiles', 'budget_s', 'devices',
+           'resolve_device', 'seed_everything', 'settings']
 
 # %% ../../nbs/kit/00_settings.ipynb #51686a1e
 import configparser, html, os, random
@@ -85,6 +85,26 @@ def home()->Path: # made when something is first written to it
 def runs()->Path: # one folder a run
     "Where runs are kept: `_runs/` in a checkout, else beside the store's artefacts."
     return (checkout() or home())/"_runs"
+
+# %% ../../nbs/kit/00_settings.ipynb #2a1cdcd7
+def revision()->str|None: # such as "99ed16a4b2c1", with "+changes" where something is not committed; None outside a checkout
+    "The revision of the code."
+    import subprocess
+    def git(*args): return subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    if not checkout(): return None
+    try: return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError): return None
+
+def installed(
+    *names:str,        # of distributions, such as "torch"
+)->dict[str, str]:     # by name
+    "The versions of Python, of this package and of libraries; \"\" for one that is not there."
+    import llmlab, platform
+    from importlib.metadata import PackageNotFoundError, version
+    def found(name):
+        try: return version(name)
+        except PackageNotFoundError: return ""
+    return dict(python=platform.python_version(), llmlab=llmlab.__version__, **{o: found(o) for o in names})
 
 # %% ../../nbs/kit/00_settings.ipynb #ed326a9d
 def contained()->dict[str, str]: # environment variables

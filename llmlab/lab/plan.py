@@ -12,7 +12,7 @@ import ast, errno, functools, hashlib, json, os, platform, re, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 import llmlab
-from ..kit.settings import LabError, Settings, Unavailable, UsageError, budget_s, checkout, profiles, resolve_device, settings, unknown
+from ..kit.settings import LabError, Settings, Unavailable, UsageError, budget_s, checkout, installed, profiles, resolve_device, settings, unknown
 
 # %% ../../nbs/lab/00_plan.ipynb #a3aaa4e3
 @dataclass(frozen=True)
@@ -147,11 +147,7 @@ def _hash(x): return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).e
 @functools.cache
 def versions()->dict[str, str]: # python and the libraries that results depend on
     "What is installed; a library that is not there has the version \"\"."
-    from importlib.metadata import PackageNotFoundError, version
-    def v(name):
-        try: return version(name)
-        except PackageNotFoundError: return ""
-    return dict(python=platform.python_version(), llmlab=llmlab.__version__, **{o: v(o) for o in _libraries})
+    return installed(*_libraries)
 
 @functools.cache
 def processor()->str: # such as "AMD EPYC 9554 · 2 cores · x86_64"

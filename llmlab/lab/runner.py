@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from ..kit.settings import LabError, Settings, Unavailable, checkout, home, runs
+from ..kit.settings import LabError, Settings, Unavailable, home, revision, runs
 from .plan import Plan, no_room, plan, processor, read_jsonl, versions, write_json, write_whole
 from .engine import end_marked, environment, without_paths
 from .results import FINISHED, Result, Run, find_runs, read_run, write_results
@@ -116,12 +116,6 @@ def interruptible():
         for s, handler in before.items(): signal.signal(getattr(signal, s), handler if handler is not None else signal.SIG_DFL)
 
 # %% ../../nbs/lab/06_runner.ipynb #697f771e
-def _revision():
-    if not checkout(): return None
-    def git(*args): return subprocess.run(["git", "-C", str(checkout()), *args], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    try: return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError): return None
-
 def history(
     root:Path|None=None,  # where runs are kept
 )->dict:                  # (notebook, profile) -> seconds
@@ -168,7 +162,7 @@ def _first_entry(p, folder):
     items = [Result(i.notebook.name, i.inputs, i.budget_s, cells=i.notebook.n_cells, title=i.notebook.title,
         source=f"nbs/{i.notebook.path.parent.name}/{i.notebook.path.name}").to_dict() for i in p.items]
     return dict(schema=1, key=p.key, profile=p.profile, device=p.device, asked=p.asked, settings=p.settings, versions=versions(), processor=processor(),
-        revision=_revision(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), notebooks=items, state="running")
+        revision=revision(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), notebooks=items, state="running")
 
 # %% ../../nbs/lab/06_runner.ipynb #bf28855f
 def with_recipes(
