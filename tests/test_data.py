@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from llmlab.kit import corpora, data, store
 from llmlab.kit.settings import Unavailable, UsageError
+from hub import Hub
 
 QUICK = settings(deadline=None, max_examples=60)
 WORDS = st.lists(st.sampled_from("the a model data array of number rows fits returns".split()), min_size=1, max_size=12).map(" ".join)
@@ -307,6 +309,26 @@ def test_a_hub_that_answers_badly(tmp_path, answer):
     try: done = python(HUB, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", LLMLAB_HOME=str(tmp_path), HF_HUB_DOWNLOAD_TIMEOUT="1")
     finally: server.shutdown()
     assert refused(done)
+
+
+@pytest.mark.parametrize("fault, said", [("hash", "Damaged 4.*other bytes than the hub announced: test.csv, train.csv"),
+    ((404, "/resolve/"), "Unavailable 4")])
+def test_a_hub_that_knows_the_data_and_sends_other_bytes_or_none(tmp_path, monkeypatch, fault, said):
+    for o in ("HF_HOME", "HF_HUB_CACHE"): monkeypatch.delenv(o, raising=False)
+    table = b"text,label\n" + b"".join(b"text number %d,%d\n" % (i, i % 2) for i in range(60))
+    home, elsewhere = tmp_path/"home", tmp_path/"elsewhere"
+    code = HUB.replace("import sys", "import huggingface_hub") + '    else: print("all is well")\n'
+    with Hub() as hub:
+        hub.add("someone/something", {"README.md": b"---\nlicense: apache-2.0\n---\n", "train.csv": table, "test.csv": table}, kind="datasets")
+        env = dict(HF_ENDPOINT=hub.url, LLMLAB_HOME=str(home), HOME=str(elsewhere), XDG_CACHE_HOME=str(elsewhere), HF_HUB_DOWNLOAD_TIMEOUT="1")
+        hub.fault = fault
+        done = python(code, **env)
+        assert re.match(said, done.stdout) and "embedded:parameter-type" in done.stdout, done.stdout + done.stderr[-2000:]
+        hub.fault = None
+        assert python(code, **env).stdout == "all is well\n", "what was wrong is gone"
+        hub.fault = 503
+        assert python(code, **env).stdout == "all is well\n", "what was fetched is kept"
+    assert not (elsewhere/"huggingface").exists() and list(home.rglob("train.csv")), "downloads stay in the store, whatever was imported first"
 
 
 def test_what_a_hub_gives_becomes_the_usual_columns(monkeypatch):

@@ -6,13 +6,13 @@
 __all__ = ['names', 'load', 'fingerprint', 'origin', 'DataCard', 'card', 'Leak', 'bag_of_words', 'leak']
 
 # %% ../../nbs/kit/03_data.ipynb #37f9ca56
-import csv, hashlib, json, os, re
+import csv, hashlib, json, os, re, shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from . import corpora, stats, store
 from .corpora import clean, mask_personal, near_duplicates, split_by_key  # noqa: F401  reached as data.clean …
-from .settings import UsageError, Unavailable, contained, home, unknown
+from .settings import Damaged, UsageError, Unavailable, contained, home, unknown
 
 # %% ../../nbs/kit/03_data.ipynb #248245c9
 _EMBEDDED = {"embedded:parameter-type": corpora.parameter_type, "embedded:docstring-library": corpora.docstring_library,
@@ -168,27 +168,55 @@ _SHORT = {"imdb": ("stanfordnlp/imdb", None), "wikitext": ("Salesforce/wikitext"
 def _fetched(path, config, revision):
     "The data set as the hub has it, else as an earlier visit left it. One question first: of a hub that is away the client asks for half a minute."
     from unittest.mock import patch
-    from huggingface_hub import HfApi, constants
     d = _datasets()
+    from huggingface_hub import HfApi, constants
     options = dict(revision=revision or None, cache_dir=str(home()/"hub"/"datasets"))
-    try: HfApi().dataset_info(path, revision=revision or None, timeout=float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
-    except Exception as away:
-        try:
-            with patch.object(d.config, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_OFFLINE", True): return d.load_dataset(path, config, **options)
-        except Exception: raise away from None
-    return d.load_dataset(path, config, **options)
+    with patch.object(constants, "HF_HUB_CACHE", str(_downloads())):  # whatever was imported before
+        try: HfApi().dataset_info(path, revision=revision or None, timeout=float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
+        except Exception as away:
+            try:
+                with patch.object(d.config, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_OFFLINE", True): return d.load_dataset(path, config, **options)
+            except Exception: raise away from None
+        return d.load_dataset(path, config, **options)
+
+def _downloads():
+    e = os.environ
+    return Path(e.get("HF_HUB_CACHE") or Path(e.get("HF_HOME") or home()/"hub")/"hub").expanduser().resolve()
+
+def _unlike(path):
+    "Downloads that are not what the hub announced: the client names each by the hash announced, and checks no more than its size. They are removed."
+    wrong = []
+    for link in (_downloads()/f"datasets--{path.replace('/', '--')}").glob("snapshots/*/**/*"):
+        blob = link.resolve()
+        if not blob.is_file() or len(blob.name) not in (40, 64): continue
+        kind = "sha256" if len(blob.name) == 64 else lambda: hashlib.sha1(b"blob %d\0" % blob.stat().st_size)  # noqa: B023  called at once
+        with open(blob, "rb") as f: found = hashlib.file_digest(f, kind).hexdigest()
+        if found != blob.name: wrong.append(link.name); link.unlink(); blob.unlink(missing_ok=True)
+    return sorted(wrong)
+
+def _as_announced(path, config, revision):
+    "As `_fetched`. Raises `Damaged` for other bytes than the hub announced, and removes what was made of them."
+    found = failed = None
+    try: found = _fetched(path, config, revision)
+    except Exception as e: failed = e
+    if wrong := _unlike(path):
+        for made in {Path(o["filename"]).parent for files in (found.cache_files if found else {}).values() for o in files}: shutil.rmtree(made, ignore_errors=True)
+        raise Damaged(f"other bytes than the hub announced: {', '.join(wrong)}")
+    if failed: raise failed
+    return found
 
 def _hub(name, text, label):
     "Rows by split of `hub:name[:config][@revision]`; a validation split is cut from training if there is none, a test split from what is left."
     rest, _, revision = name.removeprefix("hub:").partition("@")
     path, _, config = rest.partition(":")
     path, default = _SHORT.get(path, (path, None))
-    try: found = _fetched(path, config or default, revision)
+    here, hub = "embedded:docstrings" if path == _SHORT["wikitext"][0] else "embedded:parameter-type", os.environ.get("HF_ENDPOINT") or "the hub"
+    try: found = _as_announced(path, config or default, revision)
+    except Damaged as e: raise Damaged(f"{name} from {hub}: {e}. They were removed: try again, or use {here}, which needs no hub") from e
     except Exception as e:
         if isinstance(e, ValueError) and re.search(r"[Cc]onfig", str(e)): raise UsageError(f"{name}: {e}") from e
-        here = "embedded:docstrings" if path == _SHORT["wikitext"][0] else "embedded:parameter-type"
         said = (str(e).splitlines() or [""])[0][:200]
-        raise Unavailable(f"{name} cannot be had from {os.environ.get('HF_ENDPOINT') or 'the hub'} ({type(e).__name__}: {said}). "
+        raise Unavailable(f"{name} cannot be had from {hub} ({type(e).__name__}: {said}). "
                           f"Check the name and the network, or use {here}, which needs neither") from e
     rows = {o: _tidy(f"{name}, {o}", [r for r in found[o].to_list() if str(r.get(text or "text", "-")).strip()], text, label) for o in found}
     if "unsupervised" in rows: rows["unlabelled"] = [r | dict(label=None) for r in rows.pop("unsupervised")]
