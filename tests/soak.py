@@ -9,13 +9,13 @@ from pathlib import Path
 from llmlab.lab.engine import MARK
 
 
-def left_over():
-    "Processes that a run started and did not end."
+def left_over(runs):
+    "Processes that these runs (names of folders) started and did not end."
     import psutil
     found = []
     for p in psutil.process_iter():
         try:
-            if MARK in p.environ(): found.append(f"{p.pid} {' '.join(p.cmdline())[:100]}")
+            if p.environ().get(MARK, "-").startswith(tuple(runs)): found.append(f"{p.pid} {' '.join(p.cmdline())[:100]}")
         except (psutil.Error, OSError): continue
     return found
 
@@ -38,7 +38,7 @@ def main():
             try: done = subprocess.run([*command, str(folder)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=a.limit)
             except subprocess.TimeoutExpired: done = None
             times.append(time.perf_counter() - start)
-            left, verdict = left_over(), list(folder.glob("*/verdict.json"))
+            left, verdict = left_over([f.name for f in folder.glob("*")]), list(folder.glob("*/verdict.json"))
             if done is None or done.returncode or left or not verdict:
                 bad += 1
                 print(f"run {i}: {'hung' if done is None else f'exit status {done.returncode}'}; left over: {left or 'nothing'}")
