@@ -10,11 +10,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from hub import Hub
 from hypothesis import given, settings, strategies as st
 
 from llmlab.kit import corpora, data, store
 from llmlab.kit.settings import Unavailable, UsageError
-from hub import Hub
 
 QUICK = settings(deadline=None, max_examples=60)
 WORDS = st.lists(st.sampled_from("the a model data array of number rows fits returns".split()), min_size=1, max_size=12).map(" ".join)

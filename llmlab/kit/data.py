@@ -175,7 +175,8 @@ def _fetched(path, config, revision):
         try: HfApi().dataset_info(path, revision=revision or None, timeout=float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
         except Exception as away:
             try:
-                with patch.object(d.config, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_OFFLINE", True): return d.load_dataset(path, config, **options)
+                with patch.object(d.config, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_OFFLINE", True):
+                    return d.load_dataset(path, config, **options)
             except Exception: raise away from None
         return d.load_dataset(path, config, **options)
 
@@ -185,14 +186,15 @@ def _downloads():
 
 def _unlike(path):
     "Downloads that are not what the hub announced: the client names each by the hash announced, and checks no more than its size. They are removed."
-    wrong = []
+    wrong = {}
     for link in (_downloads()/f"datasets--{path.replace('/', '--')}").glob("snapshots/*/**/*"):
         blob = link.resolve()
         if not blob.is_file() or len(blob.name) not in (40, 64): continue
         kind = "sha256" if len(blob.name) == 64 else lambda: hashlib.sha1(b"blob %d\0" % blob.stat().st_size)  # noqa: B023  called at once
         with open(blob, "rb") as f: found = hashlib.file_digest(f, kind).hexdigest()
-        if found != blob.name: wrong.append(link.name); link.unlink(); blob.unlink(missing_ok=True)
-    return sorted(wrong)
+        if found != blob.name: wrong[link] = blob
+    for o in (*wrong, *wrong.values()): o.unlink(missing_ok=True)
+    return sorted({o.name for o in wrong})
 
 def _as_announced(path, config, revision):
     "As `_fetched`. Raises `Damaged` for other bytes than the hub announced, and removes what was made of them."
@@ -200,7 +202,8 @@ def _as_announced(path, config, revision):
     try: found = _fetched(path, config, revision)
     except Exception as e: failed = e
     if wrong := _unlike(path):
-        for made in {Path(o["filename"]).parent for files in (found.cache_files if found else {}).values() for o in files}: shutil.rmtree(made, ignore_errors=True)
+        made = {Path(o["filename"]).parent for files in (found.cache_files if found else {}).values() for o in files}
+        for folder in made: shutil.rmtree(folder, ignore_errors=True)
         raise Damaged(f"other bytes than the hub announced: {', '.join(wrong)}")
     if failed: raise failed
     return found
