@@ -135,7 +135,7 @@ def test_a_full_disk_loses_nothing(book, monkeypatch):
     def full(self, *_, **__):
         self.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr("pathlib.Path.write_text", full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(Unavailable, match="No space left.* free in .*out_dir"): book.row("int8", workload=WORK)
     assert (book.folder/"rows.jsonl").read_bytes() == before and sorted(os.listdir(book.folder)) == ["claims.jsonl", "rows.jsonl"]
 

@@ -6,11 +6,10 @@
 __all__ = ['Workload', 'Row', 'Book', 'start', 'Ledger', 'read', 'merge', 'pareto', 'predicted_vs_measured', 'Decision', 'best']
 
 # %% ../../nbs/kit/07_ledger.ipynb #5ed0e642
-import hashlib, json, math, os, re, time
-from contextlib import suppress
+import hashlib, json, math, re, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from .settings import ClaimsFailed, Damaged, Settings, Unavailable, UsageError, installed, revision, runs, unknown
+from .settings import ClaimsFailed, Damaged, Settings, Unavailable, UsageError, installed, replace_file, revision, runs, unknown
 from .claims import Claim, Claims, judge
 from .pictures import foretold, trade_off
 from .stats import Estimate, Table, difference, exact, written
@@ -158,13 +157,8 @@ def _plain(x):
 def _line(record): return json.dumps(_plain(record), sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 def _write(path, records):
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text("".join(_line(r) + "\n" for r in records), "utf-8")
-        os.replace(aside, path)
+    try: replace_file(path, "".join(_line(r) + "\n" for r in records))
     except OSError as e:
-        with suppress(OSError): aside.unlink(missing_ok=True)
         raise Unavailable(f"cannot write {path}: {e.strerror or e}{_room(path)}. Choose another folder with `out_dir`") from e
 
 def _room(path):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from .geometry import dtype_bytes, geometry_of
-from .settings import UsageError, home, resolve_device, unknown
+from .settings import UsageError, home, replace_file, resolve_device, unknown
 from .stats import Table
 
 # %% ../../nbs/kit/06_machine.ipynb #6c5b5fe1
@@ -348,10 +348,7 @@ def _kept(file):
         warnings.warn(f"{file} cannot be read ({type(e).__name__}); the ceilings are measured again", stacklevel=3)
 
 def _keep(c, file):
-    aside = file.with_suffix(f".{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(c.to_dict(), sort_keys=True))
-        aside.replace(file)
+    try: replace_file(file, json.dumps(c.to_dict(), sort_keys=True))
     except OSError as e: warnings.warn(f"the ceilings could not be kept in {file.parent} ({e.strerror}); they will be measured again", stacklevel=3)
 
 def ceilings(

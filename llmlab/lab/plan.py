@@ -8,11 +8,11 @@ __all__ = ['Notebook', 'plain_name', 'read_notebook', 'notebooks', 'select', 'pa
            'read_jsonl']
 
 # %% ../../nbs/lab/00_plan.ipynb #54143d30
-import ast, errno, functools, hashlib, json, os, platform, re, shutil, tempfile
+import ast, errno, functools, hashlib, json, os, platform, re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 import llmlab
-from ..kit.settings import LabError, Settings, Unavailable, UsageError, budget_s, checkout, installed, profiles, resolve_device, settings, unknown
+from ..kit.settings import LabError, Settings, Unavailable, UsageError, budget_s, checkout, installed, profiles, replace_file, resolve_device, settings, unknown
 
 # %% ../../nbs/lab/00_plan.ipynb #a3aaa4e3
 @dataclass(frozen=True)
@@ -250,18 +250,9 @@ def write_whole(
     path:Path,         # the file
     content:str|bytes, # all of it
 )->Path:               # the same path
-    "Write aside, then rename. Raises `Unavailable` when the file system refuses, and leaves nothing behind."
-    path = Path(path); aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, aside = tempfile.mkstemp(dir=path.parent, prefix=".aside-")
-        with os.fdopen(fd, "wb") as f: f.write(content if isinstance(content, bytes) else content.encode("utf-8"))
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except OSError as e:
-        if aside and os.path.exists(aside): os.unlink(aside)
-        raise no_room(e, path.parent) from e
-    return path
+    "`replace_file`, for results. Raises `Unavailable` when the file system refuses, and leaves nothing behind."
+    try: return replace_file(path, content)
+    except OSError as e: raise no_room(e, Path(path).parent) from e
 
 def write_json(
     path:Path,  # the file
