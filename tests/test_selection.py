@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from llmlab.kit import models, stats, store
+from hub import Hub
+from llmlab.kit import data, models, stats, store
 from llmlab.kit.settings import Unavailable, settings
 from llmlab.selection import candidates as c
 
@@ -78,7 +79,7 @@ def test_no_challenger_is_said_and_not_replaced(tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("LLMLAB_HOME", str(tmp_path))
     s = settings("smoke", challenger="hub:nobody/nothing", device="cpu", out_dir=tmp_path)
     with pytest.raises(Unavailable, match="embedded:minilm"): c.challenge(s, ([], []), ([], []))
@@ -96,3 +97,25 @@ def test_a_recipe_has_the_same_key_in_its_notebook_and_in_its_module():
     in_notebook = store.Recipe(c.features.make, c.features.name.rpartition(".")[2], c.features.version, c.features.uses)
     assert store.key(c.features, **arguments | dict(made_from="y")) != store.key(c.features, **arguments)  # other data, other features
     assert store.key(in_notebook, **arguments) == store.key(c.features, **arguments)
+
+
+@pytest.mark.parametrize("encoder,pooler", [("random:bert-tiny", True), ("random:distilbert", False)])
+def test_features_ask_for_a_pooler_only_where_there_is_one(encoder, pooler, tmp_path):
+    asked = c.features_of(settings("smoke", device="cpu", out_dir=tmp_path), encoder)
+    assert asked["pooler"] is pooler and asked["layers"] == ((1, 2) if pooler else (3, 6))
+
+
+def test_a_challenger_from_a_hub_that_answers(fresh_home, tmp_path, monkeypatch):
+    rows = [f"{word} {i},{label},m{i},{split}" for split in ("train", "validation", "test") for i in range(4)
+            for word, label in (("number", "int"), ("word", "str"))]
+    (tmp_path/"types.csv").write_text("\n".join(["text,label,module,split", *rows]) + "\n")
+    model = models.load("random:bert-tiny")
+    files = {f.name: f.read_bytes() for f in models.save(model, tmp_path/"tiny").iterdir()}
+    with Hub() as hub:
+        hub.add("we/tiny", files)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        s = settings("smoke", challenger="hub:we/tiny", task=str(tmp_path/"types.csv"), device="cpu", out_dir=tmp_path)
+        splits = [data.load(s.task, split) for split in ("train", "validation")]
+        candidate, test_vectors = c.challenge(s, *((list(d["text"]), np.array(d["label"])) for d in splits))
+    assert candidate.loaded.name == "hub:we/tiny" and test_vectors.shape == (8, 128)
+    assert candidate.predict(["number 1", "word 2"]).shape == (2,) and candidate.size_bytes > 4 * candidate.loaded.n_parameters

@@ -128,8 +128,9 @@ def features_of(
 )->dict:            # arguments of `features`
     "What a run asks of the store for one encoder: half of its layers, all of them, and its pooler if it has one."
     g = models.geometry(encoder)
-    return dict(encoder=encoder, task=s.task, made_from=data.origin(s.task), layers=(g.n_layer // 2, g.n_layer), pooler="pooler" in g.parameters, dtype=s.dtype,
-                seed=s.seed, limits=dict(train=s.train_examples, validation=s.test_examples, test=s.test_examples))
+    return dict(encoder=encoder, task=s.task, made_from=data.origin(s.task), layers=(g.n_layer // 2, g.n_layer),
+                pooler=g.parameters["pooler"] > 0, dtype=s.dtype, seed=s.seed,
+                limits=dict(train=s.train_examples, validation=s.test_examples, test=s.test_examples))
 
 def recipes(
     s:Settings,  # of the run
