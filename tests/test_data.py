@@ -354,7 +354,7 @@ def test_card_counts(file):
     d = data.load(file("a.jsonl", "\n".join(map(json.dumps, rows(60)))))
     c = data.card(d, "mine")
     assert sum(c.rows.values()) == 60 and c._totals() == dict(no=20, yes=40) and c.shared == 0 and c.hash == data.fingerprint(d) and c.personal == {}
-    assert "mine" in repr(c) and "<table>" in c._repr_html_() and len(c.plot()) == 2
+    assert "mine" in repr(c) and "<table" in c._repr_html_() and len(c.plot()) == 2
 
 
 def test_card_sees_what_is_wrong():
@@ -376,7 +376,7 @@ def test_leak_sees_a_leak_and_needs_labels():
                                        features=Features(text=Value("string"), label=ClassLabel(names=["a", "b"]), module=Value("string")))
     leak = data.leak(DatasetDict(out))
     assert leak.at_random.value > .95 and leak.by_module.value < .8 and leak.leak.low > 0
-    assert "unseen modules" in repr(leak) and "<table>" in leak._repr_html_()
+    assert "unseen modules" in repr(leak) and "<table" in leak._repr_html_()
     with pytest.raises(UsageError, match="labelled"): data.leak("embedded:summary-body")
 
 

@@ -253,8 +253,9 @@ class DataCard:
     def _last(self): return "test" if "test" in self.classes else list(self.classes)[-1]
     def _totals(self): return dict(sorted(sum((Counter(c) for c in self.classes.values()), Counter()).items()))
     def _largest(self): return max(self.classes[self._last()].values()) / sum(self.classes[self._last()].values())
-    def __repr__(self): return "\n".join(f"{k:22}{v}" for k, v in [("data card", self.name), *self._rows()])
-    def _repr_html_(self): return store._table([("data card", self.name), *self._rows()])
+    def _table(self): return stats.Table(("data card", self.name), tuple(self._rows()))
+    def __repr__(self): return repr(self._table())
+    def _repr_html_(self): return self._table()._repr_html_()
     def plot(self,
         axes=None,  # two matplotlib axes; None: new ones
     ):              # them
@@ -303,11 +304,13 @@ class Leak:
     "The same classifier, tested on modules it has not seen and on rows it has not seen."
     by_module: stats.Estimate  # accuracy, test modules apart
     at_random: stats.Estimate  # accuracy, rows shuffled first
-    def _rows(self): return [("tested on unseen modules", self.by_module), ("tested on unseen rows", self.at_random), ("leak", self.leak)]
     @property
     def leak(self): return stats.difference(self.at_random, self.by_module, paired=False)
-    def __repr__(self): return "\n".join(f"{k:26}{v}" for k, v in self._rows())
-    def _repr_html_(self): return store._table([("TF-IDF + logistic regression", "accuracy"), *self._rows()])
+    def _table(self):
+        rows = ("tested on unseen modules", self.by_module), ("tested on unseen rows", self.at_random), ("leak", self.leak)
+        return stats.Table(("TF-IDF + logistic regression", "accuracy"), rows)
+    def __repr__(self): return repr(self._table())
+    def _repr_html_(self): return self._table()._repr_html_()
 
 def bag_of_words(
     train,             # Dataset with text and label

@@ -6,13 +6,14 @@
 __all__ = ['Recipe', 'recipe', 'Artefact', 'key', 'build', 'Kept', 'Shelf', 'artefacts', 'prune']
 
 # %% ../../nbs/kit/02_store.ipynb #ea68c782
-import ast, errno, hashlib, html, inspect, json, math, os, platform, re, shutil, sys, textwrap, time, uuid, warnings
+import ast, errno, hashlib, inspect, json, math, os, platform, re, shutil, sys, textwrap, time, uuid, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from .settings import LabError, Unavailable, UsageError, home, unknown
+from .stats import Table
 
 # %% ../../nbs/kit/02_store.ipynb #70a61817
 @dataclass(frozen=True)
@@ -48,17 +49,13 @@ class Artefact:
     def notes(self): return self.made["notes"]
     @property
     def size_bytes(self): return sum(f["size"] for f in self.made["files"].values())
-    def _rows(self):
+    def _table(self):
         m = self.made
         rows = [("recipe", f"{m['recipe']} v{m['version']}"), ("key", self.key), *[(k, json.dumps(v)) for k, v in m["arguments"].items()],
                 ("made", f"{m['made_at']} in {m['seconds']:.1f} s on {m['device']}"), ("here", "built now" if self.built else "found in the store")]
-        return rows + [(name, f"{f['size']:,} bytes") for name, f in m["files"].items()]
-    def __repr__(self): return "\n".join(f"{k:12} {v}" for k, v in self._rows())
-    def _repr_html_(self): return _table([("artefact", "")] + self._rows())
-
-def _table(rows):
-    cells = lambda tag, row: "<tr>" + "".join(f'<{tag} style="text-align:left">{html.escape(str(o))}</{tag}>' for o in row) + "</tr>"
-    return "<table>" + cells("th", rows[0]) + "".join(cells("td", r) for r in rows[1:]) + "</table>"
+        return Table(("artefact", ""), (*rows, *((name, f"{f['size']:,} bytes") for name, f in m["files"].items())))
+    def __repr__(self): return repr(self._table())
+    def _repr_html_(self): return self._table()._repr_html_()
 
 # %% ../../nbs/kit/02_store.ipynb #146179e3
 def _canonical(value, where):
@@ -295,9 +292,9 @@ class Kept:
 
 class Shelf(list):
     "A list of `Kept` with a table for its display."
-    def _rows(self): return [("key", "recipe", "MB", "made")] + [(o.key, o.recipe, f"{o.size_bytes/1e6:,.2f}", o.made or "damaged") for o in self]
-    def __repr__(self): return "\n".join(f"{k:22}{r:36}{m:>10}  {d}" for k, r, m, d in self._rows())
-    def _repr_html_(self): return _table(self._rows())
+    def _table(self): return Table(("key", "recipe", "MB", "made"), tuple((o.key, o.recipe, f"{o.size_bytes/1e6:,.2f}", o.made or "damaged") for o in self))
+    def __repr__(self): return repr(self._table())
+    def _repr_html_(self): return self._table()._repr_html_()
 
 def _kept(folder):
     name, _, k = folder.name.rpartition("-")
