@@ -10,6 +10,8 @@ import math
 from .stats import Estimate
 
 # %% ../../nbs/kit/02_pictures.ipynb #b47395d6
+def _ends(e): return [o if math.isfinite(o) else e.value for o in (e.low, e.high)]
+
 def forest(
     estimates:dict[str, Estimate],  # by name, in one unit
     reference:float|None=None,      # where to draw a vertical line
@@ -19,7 +21,7 @@ def forest(
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, .6 + .33 * len(estimates)), layout="constrained")[1]
     for y, e in enumerate(estimates.values()):
-        ax.plot([o if math.isfinite(o) else e.value for o in (e.low, e.high)], [y, y], color="tab:blue", lw=2, solid_capstyle="butt")
+        ax.plot(_ends(e), [y, y], color="tab:blue", lw=2, solid_capstyle="butt")
         ax.plot(e.value, y, "o", color="tab:blue")
         ax.annotate(f"{e}", (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     if reference is not None: ax.axvline(reference, color="grey", ls="--", lw=1, zorder=0)
@@ -73,8 +75,6 @@ def plain_log(
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
 
 # %% ../../nbs/kit/02_pictures.ipynb #27cdbf96
-def _ends(e): return [o if math.isfinite(o) else e.value for o in (e.low, e.high)]
-
 def trade_off(
     points:dict,          # name -> (cost, quality: Estimate)
     cost:str="cost",      # what the horizontal axis is, with its unit
