@@ -157,12 +157,15 @@ def open_run(
         return folder, _lock(folder), False
     raise Unavailable(f"no new folder could be made in {root.name}")
 
-def _first_entry(p, folder):
+def _waiting(item):
+    "The result of a notebook that has not run yet."
+    n = item.notebook
+    return Result(n.name, item.inputs, item.budget_s, cells=n.n_cells, title=n.title, source=f"nbs/{n.path.parent.name}/{n.path.name}")
+
+def _first_entry(p):
     "What run.json holds from the start."
-    items = [Result(i.notebook.name, i.inputs, i.budget_s, cells=i.notebook.n_cells, title=i.notebook.title,
-        source=f"nbs/{i.notebook.path.parent.name}/{i.notebook.path.name}").to_dict() for i in p.items]
     return dict(schema=1, key=p.key, profile=p.profile, device=p.device, asked=p.asked, settings=p.settings, versions=versions(), processor=processor(),
-        revision=revision(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), notebooks=items, state="running")
+        revision=revision(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), notebooks=[_waiting(i).to_dict() for i in p.items], state="running")
 
 # %% ../../nbs/lab/06_runner.ipynb #bf28855f
 def with_recipes(
@@ -294,13 +297,12 @@ def _kept(p, where):
     for i in p.items:
         r = old.get(i.notebook.name)
         whole = r and r.inputs == i.inputs and r.status in FINISHED and all((where/r.slug/f).is_file() for f in ("notebook.ipynb", "notebook.html"))
-        results[i.notebook.name] = r if whole else Result(i.notebook.name, i.inputs, i.budget_s, cells=i.notebook.n_cells, title=i.notebook.title,
-            source=f"nbs/{i.notebook.path.parent.name}/{i.notebook.path.name}")
+        results[i.notebook.name] = r if whole else _waiting(i)
         results[i.notebook.name].kept = bool(whole)
     return results
 
 def _run(p, where, again, show, package, report):
-    info = _first_entry(p, where)
+    info = _first_entry(p)
     if again:
         try: info["started"] = json.loads((where/"run.json").read_text("utf-8"))["started"]
         except (OSError, ValueError, KeyError): pass
