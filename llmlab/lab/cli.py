@@ -26,10 +26,8 @@ def _place(folder):
     return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
 
 def _table(head, rows):
-    "Plain text columns."
-    rows = [[str(c) for c in r] for r in [head, *rows]]
-    wide = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in rows)
+    from llmlab.lab.plan import aligned
+    return aligned([head, *rows])
 
 # %% ../../nbs/lab/09_cli.ipynb #1906a252
 _names = Annotated[list[str] | None, typer.Argument(metavar="[CHAPTER[/PART]]…", show_default=False,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Notebook', 'plain_name', 'read_notebook', 'notebooks', 'select', 'parse_parameters', 'parameters_for', 'versions',
-           'processor', 'package_hash', 'find_device', 'Item', 'Plan', 'plan', 'no_room', 'write_whole', 'write_json',
-           'read_jsonl']
+           'processor', 'package_hash', 'find_device', 'aligned', 'Item', 'Plan', 'plan', 'no_room', 'write_whole',
+           'write_json', 'read_jsonl']
 
 # %% ../../nbs/lab/00_plan.ipynb #54143d30
 import ast, errno, functools, hashlib, json, os, platform, re, shutil
@@ -172,6 +172,14 @@ def find_device(
     return resolve_device(device)
 
 # %% ../../nbs/lab/00_plan.ipynb #e6165786
+def aligned(
+    rows,     # sequences of cells, the heading first
+)->str:       # a line a row
+    "Plain text columns."
+    rows = [[str(c) for c in r] for r in rows]
+    wide = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in rows)
+
 @dataclass(frozen=True)
 class Item:
     "One notebook of a run, with all that decides its result."
@@ -200,9 +208,7 @@ class Plan:
             yield i.notebook.name, str(i.notebook.n_cells), f"{(i.expected_s or i.budget_s) / 60:.1f}", "measured before" if i.expected_s else "budget", extra
     def __repr__(self):
         head = [("notebook", "cells", "minutes", "from", "parameters"), *self.rows()]
-        wide = [max(len(r[i]) for r in head) for i in range(5)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in head]
-        return "\n".join([*lines, f"{len(self.items)} notebooks, profile {self.profile}, device {self.device}, about {self.seconds / 60:.1f} minutes"])
+        return "\n".join([aligned(head), f"{len(self.items)} notebooks, profile {self.profile}, device {self.device}, about {self.seconds / 60:.1f} minutes"])
 
 def plan(
     names=(),                   # chapters or parts; none for every chapter
