@@ -43,6 +43,9 @@ HEAVY = ("torch", "transformers", "pandas", "matplotlib", "scipy", "numpy", "pap
     (("run", "--profile", "tinny"), 2, "Did you mean tiny"),
     (("run", "-p", "sead=1"), 2, "Did you mean seed"),
     (("run", "-p", "seed"), 2, "name=value"),
+    (("run", "-p", "seed=-1"), 2, "out of range"),
+    (("run", "-p", "device=cuda:99"), 2, "use --device"),
+    (("run", "--device", "gpu"), 2, "Known: auto, cpu, cuda"),
     (("run", "--device", "cuda:99"), 4, "cuda:99"),
     (("run", "--jobs", "many"), 2, "Usage: llmlab run"),
     (("nosuch",), 2, "No such command"),
@@ -79,6 +82,48 @@ def test_run_list_show_report(tmp_path):
     (run/"report.html").unlink()
     assert str(run/"report.html") in invoke("report", "--out", out).output and (run/"report.html").is_file()
     assert "measured before" in llmlab("run", "demo/good", "--profile", "smoke", "--dry-run", *where).stdout
+
+
+def test_damaged_runs_are_named_and_the_others_listed(tmp_path):
+    whole, half = write_run(tmp_path/"20260101-000000-tiny", rows(), [claim("a", "held")]).folder, tmp_path/"20260102-000000-tiny"
+    half.mkdir()
+    for text in ("", "{", "[]", "\xff"):
+        (half/"run.json").write_text(text, "latin-1")
+        listed = invoke("list", "--runs", "--out", tmp_path).output
+        assert "held" in listed and f"{half.name}  damaged" in listed
+        shown = invoke("show", "--out", tmp_path)
+        assert isinstance(shown.exception, UsageError) and "holds no run" in str(shown.exception) and "remove the folder" in str(shown.exception)
+    for name in ("rows.jsonl", "claims.jsonl"):
+        with open(whole/name, "ab") as f: f.write(b'{"id": "\xff')
+    shown = invoke("show", whole.name, "--out", tmp_path)
+    assert shown.exit_code == 0 and "rows.jsonl" in shown.output, shown.output
+
+
+def test_a_damaged_settings_file_ends_the_command(tmp_path):
+    "A copy of the package with a settings file that was cut."
+    import shutil
+    import llmlab as package
+    shutil.copytree(os.path.dirname(package.__file__), tmp_path/"llmlab", ignore=shutil.ignore_patterns("__pycache__"))
+    ini = tmp_path/"llmlab"/"assets"/"settings.ini"
+    text = ini.read_text("utf-8")
+    for damaged, said in ((text[:200], "git checkout settings.ini"), (text.replace("pairs  ", "pears  "), "Did you mean pairs"), (None, "is missing")):
+        ini.unlink() if damaged is None else ini.write_text(damaged, "utf-8")
+        got = llmlab("run", "--dry-run", env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+        assert got.returncode == 2 and said in got.stderr and "Traceback" not in got.stderr, got.stderr
+
+
+def test_a_file_is_found_from_where_the_command_is_called(tmp_path):
+    write_notebook(tmp_path/"nbs", "01_demo/01_one.ipynb", "from llmlab.kit import data", "data.origin(task)", parameters='profile = "tiny"\ntask = ""')
+    again = lambda: llmlab("run", "--profile", "smoke", "-p", "task=mine.txt", "--notebooks", "nbs", "--out", "runs", cwd=tmp_path)
+    got = again()
+    assert got.returncode == 2 and "there is no file" in got.stdout and str(tmp_path) not in got.stdout
+    (tmp_path/"mine.txt").write_text("a text")
+    got = again()
+    assert got.returncode == 0, got.stdout
+    assert "1 kept" in again().stdout
+    (tmp_path/"mine.txt").write_text("another text")
+    assert "kept" not in again().stdout, "another file is another input"
+    for f in (o for o in (tmp_path/"runs").rglob("*") if o.is_file()): assert str(tmp_path) not in f.read_text("utf-8", errors="replace"), f.name
 
 
 def test_compare(tmp_path):

@@ -206,15 +206,24 @@ def test_a_killed_kernel_is_noticed_and_resumed(course, go, tmp_path):
     assert [(r.status, r.kept) for r in go().results] == [("ok", False), ("ok", True)]
 
 
-def test_over_budget(course, go):
-    stubborn = "print('so far', flush=True)\nimport time\nfor i in range(1000):\n    try: time.sleep(100)\n    except KeyboardInterrupt: pass"
+def test_over_budget(course, go, tmp_path):
+    flag = tmp_path/"flag"
+    stubborn = f"""print('so far', flush=True)
+import pathlib, time
+while not pathlib.Path({str(flag)!r}).exists():
+    try: time.sleep(100)
+    except KeyboardInterrupt: pass"""
     write_notebook(course, "01_demo/01_one.ipynb", stubborn)
+    write_notebook(course, "01_demo/02_two.ipynb", "1")
     started = time.monotonic()
     done = go(budget=2 / SMOKE_BUDGET)
     r = done.results[0]
     assert r.status == "timeout" and done.exit_status == 3 and time.monotonic() - started < 30
     assert "budget of 2 s" in r.error["value"] and "--budget" in r.error["value"] and "time.sleep" in r.error["source"]
     assert "so far" in (done.folder/"demo__one"/"notebook.html").read_text()
+    flag.touch()
+    again = go()
+    assert again.folder == done.folder and [(r.status, r.kept) for r in again.results] == [("ok", False), ("ok", True)]
 
 
 def test_a_kernel_that_does_not_start_is_tried_again(course, tmp_path, monkeypatch):
@@ -282,19 +291,28 @@ if not pathlib.Path({str(flag)!r}).exists():
 
 
 def test_a_killed_command_takes_its_kernels_along(course, tmp_path):
-    begun, mark = tmp_path/"begun", uuid.uuid4().hex
-    write_notebook(course, "01_demo/01_one.ipynb", f"import pathlib, time\npathlib.Path({str(begun)!r}).touch(); time.sleep(600)")
+    flag, begun, mark = tmp_path/"flag", tmp_path/"begun", uuid.uuid4().hex
+    write_notebook(course, "01_demo/01_one.ipynb", "1")
+    write_notebook(course, "01_demo/02_two.ipynb", f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\n"
+        f"if not pathlib.Path({str(flag)!r}).exists(): time.sleep(600)")
     process = subprocess.Popen(command(course, tmp_path/"runs"), env={**os.environ, "LLMLAB_TEST": mark}, stdout=subprocess.DEVNULL)
     wait_for(begun.exists)
     process.kill(); process.wait()
     wait_for(lambda: not family(mark), 20)
+    flag.touch()
+    again = subprocess.run(command(course, tmp_path/"runs"), capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and "1 kept" in again.stdout and len(list((tmp_path/"runs").iterdir())) == 1
 
 
-def test_a_worker_that_is_killed_costs_one_notebook(course, go):
-    write_notebook(course, "01_demo/01_one.ipynb", "import os, signal, time\nos.kill(os.getppid(), signal.SIGKILL); time.sleep(60)")
+def test_a_worker_that_is_killed_costs_one_notebook(course, go, tmp_path):
+    flag = tmp_path/"flag"
+    write_notebook(course, "01_demo/01_one.ipynb", "import os, pathlib, signal, time\n"
+        f"if not pathlib.Path({str(flag)!r}).exists(): os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)")
     write_notebook(course, "01_demo/02_two.ipynb", "1")
     done = go()
     assert [r.status for r in done.results] == ["killed", "ok"] and "process that executes it ended" in done.results[0].error["value"]
+    flag.touch()
+    assert [(r.status, r.kept) for r in go().results] == [("ok", False), ("ok", True)]
 
 
 # several at once
@@ -345,6 +363,28 @@ def test_a_folder_that_cannot_be_written(course, tmp_path, monkeypatch, code, sa
         return real(self, *args, **kw)
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(Unavailable, match=f"{said}.*--out FOLDER"): runner.run((), "smoke", folder=course, out=tmp_path/"runs")
+
+
+def test_a_checkout_on_a_read_only_file_system(top, course, tmp_path):
+    "For real, where this user may mount: refused with the remedy, and with the remedy it works."
+    import shutil
+    here = tmp_path/"checkout"
+    for o in ("llmlab", "nbs"): shutil.copytree(top/o, here/o, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for o in ("pyproject.toml", "settings.ini"): shutil.copy(top/o, here/o)
+    write_notebook(course, "01_demo/01_one.ipynb", "from llmlab.kit import ledger, settings",
+        "book = ledger.start('demo/one', settings.settings(profile, out_dir=out_dir))")
+    if not shutil.which("unshare"): pytest.skip("needs `unshare` for a file system of its own")
+    run = " ".join(["run", "--profile", "smoke", "--notebooks", str(course)])
+    code = f"{sys.executable} -P -c 'from llmlab.lab.cli import main; main()' {run}"
+    inside = f"""mount --bind {here} {here} && mount -o remount,ro,bind {here} || exit 77
+{code}; echo status $?; {code} --out {tmp_path}/runs; echo status $?; LLMLAB_HOME={tmp_path}/home {code} --out {tmp_path}/runs; echo status $?"""
+    env = {k: v for k, v in os.environ.items() if k != "LLMLAB_HOME" and not k.startswith(("HF_", "JUPYTER", "IPYTHON", "MPLC"))}
+    done = subprocess.run(["unshare", "-m", "sh", "-c", inside], env=env | {"PYTHONPATH": str(here)}, cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode == 77 or "not permitted" in done.stderr: pytest.skip("needs the right to mount")
+    first, second, third, _ = (done.stdout + "\n").split("status ", 3)
+    assert "_runs cannot be written (Read-only file system). Choose another folder: `--out FOLDER`" in done.stderr, done.stderr
+    assert second.startswith("4") and ".llmlab cannot be written (Read-only file system)" in second and "LLMLAB_HOME" in second, second
+    assert third.startswith("4") and done.stdout.endswith("status 0\n"), done.stdout
 
 
 def test_signals_are_put_back():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from . import corpora, stats, store
 from .corpora import clean, mask_personal, near_duplicates, split_by_key  # noqa: F401  reached as data.clean …
-from .settings import Damaged, UsageError, Unavailable, contained, home, unknown
+from .settings import Damaged, UsageError, Unavailable, contained, home, located, unknown
 
 # %% ../../nbs/kit/03_data.ipynb #248245c9
 _EMBEDDED = {"embedded:parameter-type": corpora.parameter_type, "embedded:docstring-library": corpora.docstring_library,
@@ -61,7 +61,7 @@ def load(
     if limit < 0: raise UsageError(f"limit={limit} is out of range: 0 for all rows, or how many")
     if name in _EMBEDDED: rows = _embedded(name)
     elif name.startswith("hub:"): rows = _hub(name, text, label)
-    elif Path(name).suffix in _FILES: rows = _local(Path(name).expanduser(), text, label)
+    elif Path(name).suffix in _FILES: rows = _local(located(name), text, label)
     else: raise UsageError(f"{unknown('data set', name, names())}; or a file ({', '.join(_FILES)}); or hub:name[:config][@revision]")
     if split is not None and split not in rows: raise unknown(f"split of {name}", split, rows)
     wanted, classes, out = [split] if split else [o for o in rows if o != "unlabelled"], _classes(rows), {}
@@ -89,9 +89,9 @@ def origin(
         source = store.Artefact(home(), {}, store.key(corpora.docstrings))
         return f"{name}#{store.key(_EMBEDDED[name], source=source)}"
     if name.startswith("hub:"): return name
-    path = Path(name).expanduser()
+    path = located(name)
     if path.suffix not in _FILES: raise unknown("data set", name, names())
-    if not path.is_file(): raise UsageError(f"there is no file {path} (looked in {Path.cwd()})")
+    if not path.is_file(): raise UsageError(f"there is no file {path}" + ("" if path.is_absolute() else f" (looked in {Path.cwd()})"))
     return f"{path.suffix}#{hashlib.sha256(path.read_bytes()).hexdigest()[:20]}"
 
 # %% ../../nbs/kit/03_data.ipynb #f9e701cc
@@ -119,7 +119,7 @@ _READERS = dict(zip(_FILES, (_csv, _jsonl, _txt)))
 
 def _raw(path):
     "The rows of a local file as they stand."
-    if not path.is_file(): raise UsageError(f"there is no file {path} (looked in {Path.cwd()})")
+    if not path.is_file(): raise UsageError(f"there is no file {path}" + ("" if path.is_absolute() else f" (looked in {Path.cwd()})"))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file: rows = _READERS[path.suffix](path, file)
     except UnicodeDecodeError as e:

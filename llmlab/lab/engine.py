@@ -7,7 +7,7 @@ __all__ = ['MARK', 'marked', 'end_marked', 'environment', 'KernelKilled', 'NoKer
            'formula', 'with_formulas', 'asset', 'notebook_page', 'execute', 'list_recipes', 'build_recipe', 'main']
 
 # %% ../../nbs/lab/01_engine.ipynb #21db3cbf
-import html, json, os, queue, re, sys, tempfile, threading, time, traceback, uuid
+import errno, html, json, os, queue, re, sys, tempfile, threading, time, traceback, uuid
 from importlib import import_module, resources
 from pathlib import Path
 from ..kit.settings import LabError, checkout, contained, home, settings
@@ -55,7 +55,7 @@ def environment(
     here = str(Path(str(resources.files("llmlab"))).parent)
     path = [here, *(o for o in os.environ.get("PYTHONPATH", "").split(os.pathsep) if o and o != here)]
     env = {**os.environ, **contained(), "PYTHONPATH": os.pathsep.join(path), "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "PYTHONUNBUFFERED": "1", **({MARK: mark} if mark else {})}
+        "PYTHONUNBUFFERED": "1", "LLMLAB_CALLED_IN": os.environ.get("LLMLAB_CALLED_IN") or os.getcwd(), **({MARK: mark} if mark else {})}
     if threads: env |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)) | dict(TOKENIZERS_PARALLELISM="false")
     return env
 
@@ -169,6 +169,7 @@ def _places():
     own = {str(home()): ".llmlab", sys.prefix: "<python>", sysconfig.get_paths()["stdlib"]: "<python>/lib", tempfile.gettempdir(): "<tmp>"}
     if checkout(): own[str(checkout())] = "."
     else: own[str(Path(str(resources.files("llmlab"))).parent)] = "."
+    if len(called := os.environ.get("LLMLAB_CALLED_IN", "")) > 3: own.setdefault(called, ".")
     if len(Path.home().parts) > 1: own[str(Path.home())] = "~"
     return sorted(((k, v) for k, v in own.items() if len(k) > 3), key=lambda kv: -len(kv[0]))
 
@@ -281,7 +282,7 @@ def _error(nb, e, at):
     from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
     if isinstance(e, PapermillExecutionError):
-        status = _by_class.get(e.ename, "unavailable" if e.ename == "OSError" and e.evalue.startswith("[Errno 28]") else "error")
+        status = _by_class.get(e.ename, "unavailable" if e.ename == "OSError" and e.evalue.startswith(("[Errno 28]", "[Errno 30]")) else "error")
         trace = _ansi.sub("", "\n".join(e.traceback))
         code = sum(c.cell_type == "code" for c in nb.cells[:e.cell_index + 3])  # papermill has put two cells before it
         return status, dict(cell=code, name=e.ename, value=e.evalue, source=e.source, traceback=trace)
@@ -371,7 +372,7 @@ def _do(job, report):
         return dict(recipes=list_recipes, build=build_recipe)[job["do"]](job)
     except Exception as e:
         status = "unavailable" if isinstance(e, OSError) else {1: "claims", 2: "usage", 4: "unavailable"}.get(getattr(e, "exit_status", 3), "error")
-        said = str(no_room(e, home())) if isinstance(e, OSError) and e.errno == 28 else str(e)
+        said = str(no_room(e, home())) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES) else str(e)
         return dict(status=status, seconds=None, error=dict(cell=None, name=type(e).__name__, value=without_paths(said), source="",
             traceback=without_paths(traceback.format_exc())))
 

@@ -12,7 +12,8 @@ import ast, errno, functools, hashlib, json, os, platform, re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 import llmlab
-from ..kit.settings import LabError, Settings, Unavailable, UsageError, budget_s, checkout, installed, profiles, replace_file, resolve_device, settings, unknown
+from ..kit.settings import LabError, Settings, Unavailable, UsageError, budget_s, checkout, installed, located, profiles
+from ..kit.settings import replace_file, resolve_device, settings, unknown
 
 # %% ../../nbs/lab/00_plan.ipynb #a3aaa4e3
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def _value(name, text, default):
         except (ValueError, SyntaxError): return text
     except (ValueError, KeyError): raise UsageError(f"parameter {name}={text!r} is not {_kinds[type(default).__name__]}") from None
 
+_own = dict(profile="--profile", device="--device", out_dir="--out")
+
 def parse_parameters(
     given,            # texts such as "seed=1"
 )->dict[str, str]:    # name -> text
@@ -120,7 +123,7 @@ def parse_parameters(
     pairs = [str(o).partition("=") for o in given]
     for name, eq, _ in pairs:
         if not eq or not name.isidentifier(): raise UsageError(f"-p {name}{eq} must look like -p name=value")
-        if name in ("profile", "out_dir"): raise UsageError(f"{name} is not given by -p: use " + dict(profile="--profile", out_dir="--out")[name])
+        if name in _own: raise UsageError(f"{name} is not given by -p: use {_own[name]}")
     return {name: value for name, _, value in pairs}
 
 def parameters_for(
@@ -210,6 +213,11 @@ class Plan:
         head = [("notebook", "cells", "minutes", "from", "parameters"), *self.rows()]
         return "\n".join([aligned(head), f"{len(self.items)} notebooks, profile {self.profile}, device {self.device}, about {self.seconds / 60:.1f} minutes"])
 
+def _files(parameters):
+    "Hashes of the files that parameters name: an edited file is another input."
+    paths = [str(located(v)) for v in parameters.values() if isinstance(v, str) and v]
+    return [hashlib.sha256(Path(o).read_bytes()).hexdigest() for o in paths if os.path.isfile(o)]
+
 def plan(
     names=(),                   # chapters or parts; none for every chapter
     profile:str="tiny",         # a section of settings.ini
@@ -232,7 +240,7 @@ def plan(
     s = settings(profile, resolve=False)
     values = {k: getattr(s, k) for k in Settings.__dataclass_fields__ if k not in ("out_dir", "sources")}
     common = dict(profile=values, device=found, package=package_hash(), versions=versions(), processor=processor())
-    items = [Item(n, injected[n.name], budget_s(n.name, profile) * budget * jobs, _hash([n.source_hash, injected[n.name], common]),
+    items = [Item(n, injected[n.name], budget_s(n.name, profile) * budget * jobs, _hash([n.source_hash, injected[n.name], common, *_files(injected[n.name])]),
         (history or {}).get((n.name, profile))) for n in chosen]
     asked = dict(names=list(map(str, names)), parameters=dict(parameters or {}), device=device)
     return Plan(profile, found, asked, items, _hash([(i.notebook.name, i.inputs) for i in items]), values, jobs)
@@ -272,7 +280,7 @@ def read_jsonl(
 )->list[dict]:     # without lines that are not whole
     "The objects of a file, none where there is no file."
     rows = []
-    for line in (Path(path).read_text("utf-8").splitlines() if Path(path).is_file() else ()):
+    for line in (Path(path).read_text("utf-8", errors="replace").splitlines() if Path(path).is_file() else ()):
         try: rows.append(json.loads(line))
         except ValueError: continue
     return [r for r in rows if isinstance(r, dict)]

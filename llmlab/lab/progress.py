@@ -137,7 +137,8 @@ def ending(
     place:str,   # the run's folder, as the reader would type it
 )->str:
     "The last words of a run: what failed, the verdict, and where to look."
-    out = [failure(r, place) for r in run.results if r.error and r.status not in FINISHED]
+    there = lambda r: (run.folder/r.slug/"notebook.html").is_file()
+    out = [failure(r, place if there(r) else "") for r in run.results if r.error and r.status not in FINISHED]
     failed = [c for c in run.claims if c.get("verdict") == "failed"]
     why = lambda c: f" ({c['reason']})" if c.get("reason") else ""
     if failed: out.append("\n".join(["claims that failed:", *(f"  {c.get('notebook')}: {c.get('text')}{why(c)}" for c in failed)]))

@@ -105,12 +105,14 @@ def read_run(
     "A run from its folder. Raises `UsageError` for a folder that holds none."
     folder = Path(folder)
     try: info = json.loads((folder/"run.json").read_text("utf-8"))
-    except (OSError, ValueError) as e: raise UsageError(f"{folder.name} holds no run: its run.json cannot be read ({e.__class__.__name__})") from e
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{folder.name} holds no run: its run.json cannot be read ({e.__class__.__name__}). Name another run, or remove the folder") from e
+    if not isinstance(info, dict): raise UsageError(f"{folder.name} holds no run: its run.json describes none. Name another run, or remove the folder")
     results = []
     for item in info.get("notebooks", []):
         fresh = Result.from_dict(item)
         try: found = Result.from_dict(json.loads((folder/fresh.slug/"result.json").read_text("utf-8")))
-        except (OSError, ValueError, TypeError): found = None
+        except (OSError, ValueError, TypeError, AttributeError): found = None
         results.append(found if found and found.inputs == fresh.inputs else fresh)
     each = lambda name: merged(r for o in results for r in read_jsonl(folder/o.slug/name))
     return Run(folder, info, results, each("rows.jsonl"), each("claims.jsonl"))
