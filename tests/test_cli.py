@@ -158,3 +158,13 @@ def test_store(fresh_home):
 def test_without_a_terminal_a_closed_pipe_is_no_error():
     got = subprocess.run(f"{sys.executable} -c {CODE!r} list | head -1", shell=True, capture_output=True, text=True, env=os.environ)
     assert "Traceback" not in got.stderr
+
+
+def test_show_fits_a_terminal_and_says_why_something_is_missing(tmp_path):
+    for i, r in enumerate(found := rows()): r["workload"] = dict(task="classify", phase="encode", batch=1 + i // 2)
+    skipped = dict(found[0], id="s", variant="challenger", status="skipped", reason="the hub is away " * 20, quality={}, time_ms=None, ratio=None)
+    write_run(tmp_path/"20260101-000000-tiny", [*found, skipped], [dict(claim("a", "held"), written=1., kind="size")])
+    shown = invoke("show", "--out", tmp_path).output
+    tables = [line for line in shown.splitlines() if not line.startswith("skipped:")]
+    assert max(map(len, tables)) <= 120 and "skipped: challenger — the hub is away" in shown
+    assert shown.count("classify · encode") == 2 and "✓ held" in shown and "no rows" not in shown

@@ -258,3 +258,8 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     assert doctor.hub(1.).state == "optional"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE" in doctor.hub(1.).found
+
+
+def test_a_bound_is_shown_with_its_tolerance(tmp_path):
+    run = write_run(tmp_path/"20260101-000000-tiny", rows(), [dict(claim("a", "held"), at_most=None, equal=3, tolerance=.5)])
+    assert "= 3 % ± 0.5 %" in report.write_report(run).read_text("utf-8")

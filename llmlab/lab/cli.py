@@ -101,6 +101,20 @@ def list_(
     rows = [(n.name, f"{budget_s(n.name, profile):.0f} s", n.title) for n in (select(found, names) if names else found)]
     _say(_table(("notebook", "budget", "title"), rows))
 
+def _results(book):
+    "The rows of a ledger, a table for each workload that fits a terminal, and below them why some were not measured."
+    from llmlab.kit.ledger import Ledger
+    groups = {}
+    for r in book.rows:
+        if r.status == "measured": groups.setdefault(str(r.workload), []).append(r)
+    for work, rows in groups.items():
+        metrics = dict.fromkeys(f"quality.{k}" for r in rows for k in r.quality)
+        model = ["model"] if len({r.variant for r in rows}) < len(rows) else []
+        figures = [c for c in ("time_ms", "ratio", "tokens_per_s", "size_bytes", "peak_memory_bytes") if any(getattr(r, c) is not None for r in rows)]
+        yield f"{work}\n{Ledger(tuple(rows)).table(['variant', *model, *metrics, *figures])}"
+    if absent := [f"{r.status}: {r.variant} — {r.reason}" for r in book.rows if r.status != "measured"]: yield "\n".join(absent)
+    if book.claims: yield str(Ledger(claims=book.claims)).removeprefix("no rows").strip()
+
 @app.command()
 def show(
     run: _run_name = "latest",
@@ -121,7 +135,7 @@ def show(
     try: book = ledger.read(found.folder)
     except UsageError: book = None
     except Damaged as e: book = _say(f"\n{e}")
-    if book and (book.rows or book.claims): _say("\n" + str(book))
+    for part in _results(book) if book else (): _say("\n" + part)
     _say("\n" + progress.ending(found, _place(found.folder)))
 
 @app.command()

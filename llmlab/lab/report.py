@@ -176,6 +176,7 @@ def _claim(c):
     v = figure(c, "value")
     unit = v.unit if isinstance(v, Estimate) else ""
     bound = ", ".join(f"{sign} {written(c[k], unit)}" for k, sign in (("at_least", "≥"), ("at_most", "≤"), ("equal", "=")) if c.get(k) is not None)
+    if c.get("tolerance"): bound += f" ± {written(c['tolerance'], unit)}"
     return dict(verdict=c.get("verdict", "failed"), text=c.get("text", ""), notebook=c.get("notebook", ""), slug=str(c.get("notebook", "")).replace("/", "__"),
         found="" if v is None else str(v), bound=bound, reason=c.get("reason") or "")
 
