@@ -17,7 +17,7 @@ import numpy as np, torch
 from torch import Tensor
 from ..kit import data, ledger, measure, metrics, models, pictures, stats, store
 from ..kit.geometry import Allocations
-from ..kit.settings import Settings, Unavailable, UsageError, settings
+from ..kit.settings import Settings, Unavailable, settings
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #85702106
 def recipe(
@@ -193,7 +193,7 @@ def challenge(
 def python_calls(
     fn:Callable,  # called once, without arguments
 )->int:           # calls of functions, Python's and C's
-    "How many function calls one run takes: an upper bound on what a faster processor for matrices could *not* help."
+    "How many function calls one run takes: what faster products of matrices cannot help."
     n = 0
     def count(frame, event, arg):
         nonlocal n
