@@ -16,7 +16,8 @@ from .settings import Damaged, UsageError, Unavailable, contained, home, located
 
 # %% ../../nbs/kit/03_data.ipynb #248245c9
 _EMBEDDED = {"embedded:parameter-type": corpora.parameter_type, "embedded:docstring-library": corpora.docstring_library,
-             "embedded:summary-body": corpora.summary_body, "embedded:docstrings": corpora.running_text}
+             "embedded:summary-body": corpora.summary_body, "embedded:docstrings": corpora.running_text,
+             "embedded:docstrings-networkx": corpora.domain_text, "embedded:code": corpora.source_code}
 _FILES = (".csv", ".jsonl", ".txt")
 
 def names()->list[str]: # to be given to `load`
