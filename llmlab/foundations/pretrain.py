@@ -30,8 +30,8 @@ def train_tokenizer(
     tok = Tokenizer(kinds.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
-    tok.train_from_iterator(texts, trainer)
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=max_tokens,
         clean_up_tokenization_spaces=False)
@@ -67,8 +67,9 @@ def tokens(folder, *, made_from, vocab_size=4096, length=CONTEXT, passes=PASSES,
     order, rows = np.random.default_rng(seed), []
     for name, times in passes.items():
         for _ in range(times): rows.append(training.pack([texts[name][i] for i in order.permutation(len(texts[name]))], tokenizer, length))
-    windows = {"train": torch.cat(rows)} | {f"validation-{name.partition(':')[2]}": training.pack(data.load(name, "validation", limit=limit, seed=seed)["text"], tokenizer, length)
-        for name in passes}
+    windows = {"train": torch.cat(rows)}
+    for name in passes:
+        windows[f"validation-{name.partition(':')[2]}"] = training.pack(data.load(name, "validation", limit=limit, seed=seed)["text"], tokenizer, length)
     for name, w in windows.items(): np.save(folder/f"{name}.npy", w.numpy().astype(np.uint16))
     return {name: len(w) for name, w in windows.items()}
 
@@ -83,21 +84,27 @@ def windows(
     return torch.from_numpy(np.load(artefact/f"{name}.npy").astype(np.int32))
 
 # %% ../../nbs/00_foundations/04_pretrain.ipynb #9eee724d
+_CURVE = ("step", "loss", "eval_loss", "learning_rate")
+
 class _Log:
     "Writes the time used beside the checkpoints, and a line to the terminal now and then."
     def __init__(self, folder, n_steps, tokens_a_step):
-        self.file, self.n_steps, self.tokens_a_step, self.begun = folder/"clock.json", n_steps, tokens_a_step, (time.perf_counter(), time.process_time())
+        self.file, self.n_steps, self.tokens_a_step = folder/"clock.json", n_steps, tokens_a_step
+        self.begun = time.perf_counter(), time.process_time()
         try: self.before = json.loads(self.file.read_text())
         except (OSError, ValueError): self.before = dict(seconds=0., cpu_seconds=0.)
-    def used(self): return dict(seconds=self.before["seconds"] + time.perf_counter() - self.begun[0], cpu_seconds=self.before["cpu_seconds"] + time.process_time() - self.begun[1])
-    def callback(self, validation):
+    def used(self):
+        now = time.perf_counter(), time.process_time()
+        return {k: self.before[k] + b - a for k, a, b in zip(("seconds", "cpu_seconds"), self.begun, now)}
+    def callback(self):
         from transformers import TrainerCallback
         log = self
         class Line(TrainerCallback):
             def on_save(self, *args, **more): replace_file(log.file, json.dumps(log.used()))
             def on_log(self, args, state, control, logs=None, **more):
-                said = " ".join(f"{k.replace('eval_', 'validation ')} {v:.4g}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "learning_rate", "grad_norm"))
-                print(f"{time.strftime('%H:%M:%S')} step {state.global_step}/{log.n_steps}, {state.global_step * log.tokens_a_step / 1e6:.2f}M tokens: {said}", file=sys.stderr, flush=True)
+                said = " ".join(f"{k.replace('eval_', 'validation ')} {v:.4g}" for k, v in (logs or {}).items() if k in _CURVE)
+                at = f"step {state.global_step}/{log.n_steps}, {state.global_step * log.tokens_a_step / 1e6:.2f}M tokens"
+                print(f"{time.strftime('%H:%M:%S')} {at}: {said}", file=sys.stderr, flush=True)
         return Line()
 
 def pretrain(
@@ -120,9 +127,9 @@ def pretrain(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     log = _Log(folder, steps, batch_size * CONTEXT)
-    done = training.fit(loaded, windows(made, "train"), validation, steps=steps, batch_size=batch_size, lr=lr, optimizer="muon", schedule="wsd", warmup=min(100, steps // 10) / steps,
-        decay=decay, weight_decay=.1, precision="bfloat16", eval_every=save_every, save_every=save_every, log_every=25, folder=folder, keep=3, seed=seed, in_place=True,
-        callbacks=[log.callback(validation)])
+    done = training.fit(loaded, windows(made, "train"), validation, steps=steps, batch_size=batch_size, lr=lr, optimizer="muon", schedule="wsd",
+        warmup=min(100, steps // 10) / steps, decay=decay, weight_decay=.1, precision="bfloat16", eval_every=save_every, save_every=save_every, log_every=25,
+        folder=folder, keep=3, seed=seed, in_place=True, callbacks=[log.callback()])
     return done, log.used(), made
 
 # %% ../../nbs/00_foundations/04_pretrain.ipynb #fab3daef
@@ -154,13 +161,15 @@ def publish(
             texts = data.load(name, "test")["text"][:]
             found = metrics.lm_nats(scored, texts, batch_size=16).bits_per_byte
             scores[name] = dict(bits_per_byte=found.value, low=found.low, high=found.high, documents=len(texts), bytes=sum(len(t.encode()) for t in texts),
-                data=data.fingerprint(data.load(name, "test")), **baselines(texts))
+                data=data.fingerprint(data.load(name, "test")), **baselines(texts))  # xz and gzip read the whole corpus as one file
         texts = store.build(corpora.running_text, source=store.build(corpora.docstrings)).notes
-        info = dict(about, command=f"python -m llmlab.foundations.pretrain {about['shape']} --steps {about['steps']}", tokens=about["steps"] * about["batch_size"] * CONTEXT,
-            parameters=scored.n_parameters, cpu_hours=round(used["cpu_seconds"] / 3600, 2), hours=round(used["seconds"] / 3600, 2), machine={k: hardware().get(k) for k in ("cpu", "cores")},
-            data=made_from(), data_hashes={n: data.fingerprint(data.load(n, "train")) for n in PASSES}, near_duplicates_removed=round(1 - texts["unrepeated"] / texts["found"], 4),
-            versions=installed("torch", "transformers", "tokenizers"), scores=scores, curve=[{k: round(v, 5) for k, v in r.items() if k in ("step", "loss", "eval_loss", "learning_rate")}
-                for r in done.curve if "loss" in r or "eval_loss" in r])
+        info = dict(about, command=f"python -m llmlab.foundations.pretrain {about['shape']} --steps {about['steps']}",
+            tokens=about["steps"] * about["batch_size"] * CONTEXT, parameters=scored.n_parameters, scores=scores,
+            cpu_hours=round(used["cpu_seconds"] / 3600, 2), hours=round(used["seconds"] / 3600, 2), machine={k: hardware().get(k) for k in ("cpu", "cores")},
+            data=made_from(), data_hashes={n: data.fingerprint(data.load(n, "train")) for n in PASSES},
+            versions=installed("torch", "transformers", "tokenizers"),
+            near_duplicates_removed=round(1 - texts["unrepeated"] / texts["found"], 4),
+            curve=[{k: round(v, 5) for k, v in r.items() if k in _CURVE} for r in done.curve if "loss" in r or "eval_loss" in r])
         (aside/"README.md").write_text(model_card(info), "utf-8")
         info["files"] = {p.name: models.digest(p) for p in sorted(aside.iterdir())}
         (aside/"made.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n", "utf-8")
@@ -173,7 +182,8 @@ def model_card(
     info:dict,  # as made.json has it
 )->str:         # Markdown
     "What the model is good and bad for, from the figures of its own training."
-    rows = "\n".join(f"| {n} | {v['bits_per_byte']:.3f} ({v['low']:.3f} … {v['high']:.3f}) | {v['gzip']:.2f} | {v['xz']:.2f} | {v['documents']} |" for n, v in info["scores"].items())
+    rows = "\n".join(f"| {n} | {v['bits_per_byte']:.3f} ({v['low']:.3f} … {v['high']:.3f}) | {v['gzip']:.2f} | {v['xz']:.2f} | {v['documents']} |"
+        for n, v in info["scores"].items())
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -182,17 +192,21 @@ language: en
 ---
 # llmlab {info['shape']}
 
-A Llama of {info['parameters']/1e6:.2f}M parameters, context {CONTEXT} tokens, byte-pair vocabulary of 4,096, weights in bfloat16. It was trained from nothing on the docstrings and the code of
-installed Python libraries, so that a course on compressing language models has one to compress, offline. It loads with `AutoModelForCausalLM.from_pretrained`.
+A Llama of {info['parameters']/1e6:.2f}M parameters, context {CONTEXT} tokens, byte-pair vocabulary of 4,096, weights in bfloat16. It was trained from nothing
+on the docstrings and the code of installed Python libraries, so that a course on compressing language models has one to compress, offline. It loads with
+`AutoModelForCausalLM.from_pretrained`.
 
 | held-out modules | bits a byte (95 %) | gzip | xz | documents |
 |---|---|---|---|---|
 {rows}
 
-- Made by `{info['command']}` with seed {info['seed']}: {info['tokens']/1e6:.1f}M tokens, {info['cpu_hours']} CPU hours on {info['machine']['cpu']}; `made.json` has the curve, hashes and versions.
-- Near-duplicates were removed before the split by module: {100*info['near_duplicates_removed']:.1f} % of the docstrings. The library networkx was left out, as a domain it has not met.
+- Made by `{info['command']}` with seed {info['seed']}: {info['tokens']/1e6:.1f}M tokens, {info['cpu_hours']} CPU hours on {info['machine']['cpu']};
+  `made.json` has the curve, hashes and versions.
+- Near-duplicates were removed before the split by module: {100*info['near_duplicates_removed']:.1f} % of the docstrings. The library networkx was left out,
+  as a domain it has not met.
 - Good for: telling compression methods apart by bits a byte, draft and target of speculative decoding, demonstrations of decoding.
-- Bad for: facts, instructions, reasoning, any language but English and Python, text longer than its context. It repeats itself, and may invent functions that do not exist.
+- Bad for: facts, instructions, reasoning, any language but English and Python, text longer than its context. It repeats
+  itself, and may invent functions that do not exist.
 """
 
 # %% ../../nbs/00_foundations/04_pretrain.ipynb #11ebd1c4
@@ -202,7 +216,8 @@ def main(
     "python -m llmlab.foundations.pretrain SHAPE [--steps N] [--folder DIR] [--out DIR]"
     import argparse
     from llmlab.kit.settings import home
-    p = argparse.ArgumentParser(prog="python -m llmlab.foundations.pretrain", description="Train an embedded language model again. A run that was stopped goes on from its last checkpoint.")
+    p = argparse.ArgumentParser(prog="python -m llmlab.foundations.pretrain",
+        description="Train an embedded language model again. A run that was stopped goes on from its last checkpoint.")
     p.add_argument("shape", choices=list(SHAPES))
     p.add_argument("--steps", type=int, default=2000, help="updates of 16 windows of 512 tokens (%(default)s)")
     p.add_argument("--lr", type=float, default=.006, help="highest learning rate (%(default)s)")
