@@ -155,7 +155,7 @@ def publish(
     try:
         model = done.loaded.model.to(torch.bfloat16)
         aside.mkdir(parents=True)
-        with models._quiet(): model.save_pretrained(aside); done.loaded.tokenizer.save_pretrained(aside)
+        with models.quiet_library(): model.save_pretrained(aside); done.loaded.tokenizer.save_pretrained(aside)
         scored, scores = models.load(str(aside), "causal-lm"), {}
         for name in ("embedded:docstrings", "embedded:docstrings-networkx", "embedded:code"):
             texts = data.load(name, "test")["text"][:]

@@ -7,17 +7,15 @@ __all__ = ['PADDING', 'OPTIMIZERS', 'SCHEDULES', 'pack', 'tokenized', 'Windows',
            'checkpoints', 'Trained', 'fit']
 
 # %% ../../nbs/kit/08_training.ipynb #35cbd497
-import copy, math, os, shutil, tempfile, time, warnings
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import copy, math, os, shutil, tempfile, time
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 import torch
 from torch import Tensor
 from .footprint import peak_memory
 from .geometry import geometry_of
-from .models import Loaded
+from .models import Loaded, quiet_library
 from .settings import LabError, Unavailable, UsageError, unknown
 from .stats import Estimate, Table, estimate
 
@@ -301,17 +299,6 @@ def _accuracy(outcome):
     return dict(accuracy=float((outcome.predictions == outcome.label_ids).mean()))
 
 # %% ../../nbs/kit/08_training.ipynb #2b54cce7
-@contextmanager
-def _quiet():
-    from transformers.utils import logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*pin_memory.*|.*lr_scheduler.step.*")
-            yield
-    finally: logging.set_verbosity(level)
-
 def fit(
     loaded:Loaded,                # a classifier or a causal language model; it stays as it is unless `in_place`
     train,                        # windows (n, T) of `pack`, or a Dataset of `tokenized`
@@ -346,7 +333,7 @@ def fit(
     A run with a folder that is interrupted and called again gives the same weights as one that was not."""
     given = dict(locals())
     _checked(loaded, train, given)
-    with tempfile.TemporaryDirectory() as aside, _quiet():
+    with tempfile.TemporaryDirectory() as aside, quiet_library():
         where = Path(folder or aside).expanduser()
         watch, trainer = _made(loaded, given, where)
         done, last = checkpoints(where), None
@@ -364,20 +351,20 @@ def fit(
 
 def _made(loaded, given, where):
     "The watch and the Trainer."
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, PrinterCallback, default_data_collator
     torch.manual_seed(given["seed"])
     model = (loaded.model if given["in_place"] else copy.deepcopy(loaded.model)).train()
     lm, watch = isinstance(given["train"], Tensor), _Watch()
     wrap = lambda d: Windows(d) if isinstance(d, Tensor) else d
-    more = {} if lm else dict(data_collator=_collator(loaded.tokenizer, given["padding"], given["max_tokens"]), compute_metrics=_accuracy,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))
+    more = dict(data_collator=default_data_collator) if lm else dict(data_collator=_collator(loaded.tokenizer, given["padding"], given["max_tokens"]),
+        compute_metrics=_accuracy, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))
     calls = [_clock_class()(watch), *given["callbacks"]]
     if given["patience"]: calls.append(EarlyStoppingCallback(given["patience"]))
     if given["tensorboard"]: os.environ["TENSORBOARD_LOGGING_DIR"] = str(where/"runs")
     made = _trainer_class()(model=model, args=_arguments(loaded, given, where), train_dataset=wrap(given["train"]), eval_dataset=wrap(given["validation"]),
-        optimizers=(_optimizer(model, given["optimizer"], given["lr"], given["weight_decay"]), None), callbacks=calls, **more)
+        processing_class=loaded.tokenizer, callbacks=calls,
+        optimizers=(_optimizer(model, given["optimizer"], given["lr"], given["weight_decay"]), None), **more)
     made.watch, made.keep = watch, given["keep"]
     if not given["progress"]:
-        from transformers import PrinterCallback
         made.remove_callback(PrinterCallback)
     return watch, made
