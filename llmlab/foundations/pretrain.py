@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'CONTEXT', 'SHAPES', 'PASSES', 'train_tokenizer', 'new_model', 'tokens', 'made_from', 'windows', 'pretrain',
-           'baselines', 'publish', 'model_card', 'main']
+           'baselines', 'publish', 'model_card', 'card', 'plot_card', 'main', 'step_profile']
 
 # %% ../../nbs/00_foundations/04_pretrain.ipynb #1b79e145
 import json, math, os, shutil, sys, time
@@ -158,10 +158,12 @@ def publish(
         with models.quiet_library(): model.save_pretrained(aside); done.loaded.tokenizer.save_pretrained(aside)
         scored, scores = models.load(str(aside), "causal-lm"), {}
         for name in ("embedded:docstrings", "embedded:docstrings-networkx", "embedded:code"):
-            texts = data.load(name, "test")["text"][:]
-            found = metrics.lm_nats(scored, texts, batch_size=16).bits_per_byte
-            scores[name] = dict(bits_per_byte=found.value, low=found.low, high=found.high, documents=len(texts), bytes=sum(len(t.encode()) for t in texts),
-                data=data.fingerprint(data.load(name, "test")), **baselines(texts))  # xz and gzip read the whole corpus as one file
+            test = data.load(name, "test")
+            texts = test["text"][:]
+            nats = metrics.lm_nats(scored, texts, batch_size=16)
+            found = nats.bits_per_byte
+            scores[name] = dict(bits_per_byte=found.value, low=found.low, high=found.high, documents=len(texts), bytes=sum(nats.n_bytes),
+                tokens=sum(nats.tokens), nats={m: round(x, 3) for m, x in zip(test["module"], nats.nats)}, data=data.fingerprint(test), **baselines(texts))
         texts = store.build(corpora.running_text, source=store.build(corpora.docstrings)).notes
         info = dict(about, command=f"python -m llmlab.foundations.pretrain {about['shape']} --steps {about['steps']}",
             tokens=about["steps"] * about["batch_size"] * CONTEXT, parameters=scored.n_parameters, scores=scores,
@@ -209,6 +211,30 @@ on the docstrings and the code of installed Python libraries, so that a course o
   itself, and may invent functions that do not exist.
 """
 
+# %% ../../nbs/00_foundations/04_pretrain.ipynb #4294a154
+def card(
+    name:str="lm",  # lm, lm-small
+)->dict:            # what made.json says
+    "How an embedded language model was made. Raises `Unavailable` or `Damaged` for one that is not there or was altered."
+    return json.loads((models.source(f"embedded:{name}", "causal-lm")/"made.json").read_text("utf-8"))
+
+def plot_card(
+    info:dict,  # of `card`
+    ax=None,    # matplotlib axes
+):              # the axes
+    "Training and validation loss over tokens, in bits a byte, with the compressors' lines."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(7.5, 3.4), layout="constrained")[1]
+    score = info["scores"]["embedded:docstrings"]
+    bits = score["tokens"] / score["bytes"] / math.log(2)  # a nat a token in bits a byte
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(r["step"] * info["batch_size"] * CONTEXT / 1e6, r[key] * bits) for r in info["curve"] if key in r]
+        ax.plot(*zip(*points), "-" if key == "loss" else "o-", ms=2.5, lw=1, label=label)
+    for name in ("gzip", "xz"): ax.axhline(score[name], ls=":", color="grey"); ax.text(0, score[name], f" {name}", va="bottom", fontsize=8)
+    ax.set(xlabel="million tokens", ylabel="bits a byte", ylim=(1, 3.2)); ax.grid(alpha=.3); ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
 # %% ../../nbs/00_foundations/04_pretrain.ipynb #11ebd1c4
 def main(
     args=None,  # of the command line
@@ -237,3 +263,25 @@ def main(
     print(model_card(info))
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules: main()
+
+# %% ../../nbs/00_foundations/04_pretrain.ipynb #a112da6d
+_KINDS = {"products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("scaled_dot_product",), "loss": ("log_softmax", "nll_loss")}
+
+def step_profile(
+    loaded:models.Loaded,       # a causal language model; it is not changed
+    windows:Tensor,             # (B, T) of `training.pack`
+)->dict:                        # seconds by kind: products, attention, loss, the rest
+    "One forward and backward pass in bfloat16, by what its time goes into."
+    from torch.profiler import ProfilerActivity, profile
+    model = loaded.model
+    x = windows.long().to(loaded.device)
+    def step():
+        with torch.autocast(loaded.device.type, torch.bfloat16): model(input_ids=x, labels=x, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as p: step()
+    taken = dict.fromkeys((*_KINDS, "the rest"), 0.)
+    for e in p.key_averages():
+        kind = next((k for k, marks in _KINDS.items() if any(m in e.key for m in marks)), "the rest")
+        taken[kind] += e.self_cpu_time_total / 1e6
+    return taken
