@@ -219,7 +219,7 @@ def plot_positions(
     if axes is None: axes = plt.subplots(1, 2, figsize=(8.5, 2.8), layout="constrained")[1]
     axes[0].imshow(table.T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
     axes[0].set(xlabel="position", ylabel="number")
-    for name, y in by_distance.items(): axes[1].plot(y, label=name, ls="-" if name == "rotary" else "--")
+    for name, y in by_distance.items(): axes[1].plot(y, label=name, **(dict(lw=1.5) if name == "rotary" else dict(lw=6, alpha=.35)))
     axes[1].set(xlabel="distance, tokens", ylabel="score, relative"); axes[1].legend(frameon=False); axes[1].spines[["top", "right"]].set_visible(False)
     return axes
 
