@@ -9,7 +9,7 @@ __all__ = ['GEOMETRIES', 'TASKS', 'PARTS', 'random_config', 'natural_task', 'met
 # %% ../../nbs/kit/04_geometry.ipynb #cad479eb
 import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -113,7 +113,11 @@ class Geometry:
     gated: bool         # an MLP of three matrices
     activation: str     # of the MLP
     dropout: float      # of attention, in training
+    hidden_dropout: float  # of what a layer adds, in training
+    rms_norm: bool      # norms without a mean, written out in Python
     lora: int           # parameters that one rank of LoRA on all linear layers adds
+    lora_layers: int    # linear layers that LoRA adapts
+    lora_inputs: int    # values that they take together, a token
 
     @property
     def n_parameters(self)->int: return sum(self.parameters.values())
@@ -157,9 +161,12 @@ class Geometry:
         dtype:str="float32",   # of activations
         training:bool=False,   # everything the backward pass needs, not the largest moment of a forward pass
         cuda:bool=False,       # fused attention with dropout
+        lora_rank:int=0,       # training with frozen weights and adapters of this rank
+        logits:bool=True,      # of every position (causal LM); generating computes those of the last alone
     )->float:                  # bytes
         "Bytes of activations: the largest moment without gradients, or what is kept for the backward pass."
-        return batch * tokens * dtype_bytes(dtype) * (_kept if training else _moment)(self, tokens, cuda)
+        size = dtype_bytes(dtype)
+        return batch * tokens * (_kept(self, tokens, size, cuda, lora_rank) if training else size * _moment(self, logits))
 
     def table(self)->Table:
         "Parameters by part."
@@ -189,13 +196,14 @@ def geometry_of(
     if not all((n_layer, n_head, d)) or _first(config, "num_experts", "num_local_experts", "n_routed_experts"):
         raise UsageError(f"the geometry of {config.model_type!r} is not that of a dense transformer; what is counted here needs layers, heads and one width")
     model = meta_model(config, task)
-    parts, matrices, largest, lora = Counter(), Counter(), 0, 0
+    parts, matrices, largest, lora = Counter(), Counter(), 0, []
+    turned = {f"{n}.weight" for n, o in model.named_modules() if type(o).__name__ == "Conv1D"}  # (inputs, outputs), unlike a linear layer
     for n, p in model.named_parameters():
         part = part_of(n)
         parts[part] += p.numel(); largest = max(largest, p.numel())
         if p.ndim == 2 and part != "embedding":
             matrices[part] += p.numel()
-            if part in ("attention", "mlp"): lora += sum(p.shape)
+            if part in ("attention", "mlp"): lora.append(tuple(p.shape) if n in turned else tuple(p.shape)[::-1])
     embedding = model.get_input_embeddings().weight
     out = model.get_output_embeddings()
     tied = out is not None and out.weight is embedding
@@ -207,7 +215,9 @@ def geometry_of(
         max_tokens=_first(config, "max_position_embeddings", "n_positions") or 0, parameters={p: parts[p] for p in PARTS}, tied=tied,
         matrices={p: matrices[p] for p in PARTS}, largest=largest, gated=matrices["mlp"] >= 3 * d * d_ff * n_layer,
         activation=str(_first(config, "hidden_act", "activation_function", "activation")),
-        dropout=float(_first(config, "attention_probs_dropout_prob", "attn_pdrop", "attention_dropout") or 0), lora=lora)
+        dropout=float(_first(config, "attention_probs_dropout_prob", "attn_pdrop", "attention_dropout") or 0),
+        hidden_dropout=float(_first(config, "hidden_dropout_prob", "resid_pdrop", "dropout") or 0), rms_norm=_first(config, "rms_norm_eps") is not None,
+        lora=sum(map(sum, lora)), lora_layers=len(lora), lora_inputs=sum(o[0] for o in lora))
 
 # %% ../../nbs/kit/04_geometry.ipynb #62196ddc
 def plot_parts(
@@ -234,18 +244,24 @@ def _mlp_wide(g): return (3, 4) if g.gated else _LIVE.get(g.activation, (2, 2))
 
 def _qkv(g): return (g.n_head + 2 * g.n_kv_head) * g.head_dim
 
-def _moment(g, tokens, cuda):
+def _moment(g, logits=True):
     "Values a token at the largest moment of a forward pass."
     attention = 4 * g.d_model + _qkv(g)
-    mlp = 3 * g.d_model + _mlp_wide(g)[0] * g.d_ff
-    logits = g.d_model + g.vocab_size if g.causal else 0
-    return max(attention, mlp, logits)
+    beside = 5 if g.family == "gpt2" else 4 if g.causal else 3  # a causal model holds the embeddings to the end, GPT-2 what attention gave too
+    mlp = beside * g.d_model + _mlp_wide(g)[0] * g.d_ff
+    return max(attention, mlp, g.d_model + g.vocab_size if g.causal and logits else 0)
 
-def _kept(g, tokens, cuda):
-    "Values a token that the backward pass needs, without those of the loss."
-    scores = 3 * g.n_head * tokens if g.dropout and not cuda else 0
-    layer = 7 * g.d_model + _qkv(g) + _mlp_wide(g)[1] * g.d_ff + scores
-    return g.n_layer * layer + 3 * g.d_model
+def _kept(g, tokens, size, cuda, rank):
+    "Bytes a token that the backward pass needs, without those of the loss; `rank` above 0: the weights are frozen."
+    d, copied, wide = g.d_model, bool(rank) and size < 4, max(size, 4)
+    norms = 2 * d * ((wide + (0 if rank else size)) if g.rms_norm else size)
+    inputs = 0 if copied else 2 * d * size
+    masks = size * d * (1 if g.family == "distilbert" else 2) if g.hidden_dropout else 0
+    in_full = g.dropout and not cuda                            # attention with dropout on a CPU is written out, in 32 bits
+    attention = size * d + (wide * (_qkv(g) + 3 * g.n_head * tokens) if in_full else size * _qkv(g))
+    mlp = size * g.d_ff * (_mlp_wide(g)[1] - copied)
+    adapters = (4 * g.lora_inputs if copied else 0) + rank * g.lora_layers * (4 if copied else size)
+    return g.n_layer * (norms + inputs + masks + attention + mlp) + adapters + (0 if rank else 3 * d * size)
 
 # %% ../../nbs/kit/04_geometry.ipynb #e3e41f2d
 class Allocations(TorchDispatchMode):
@@ -298,29 +314,44 @@ def memory_needed(
     training:str|None=None,  # "full", "lora", or None for inference
     optimizer:str="adamw",   # adamw, momentum or sgd; its state has the weights' dtype
     lora_rank:int=8,         # of LoRA on all linear layers
-    cuda:bool=False,         # fused attention with dropout
+    cuda:bool=False,         # fused attention with dropout, and an optimizer that takes all tensors at once
+    new_tokens:int=0,        # generated after `tokens` of prompt, with a KV cache; 0: one forward pass
+    dropout:bool=True,       # as the configuration says; False: training in evaluation mode
 )->Memory:
     "Memory of inference or of training steps, from the geometry alone. Raises `UsageError` for values that make no sense."
     if batch < 1 or tokens < 1: raise UsageError(f"batch and tokens must be at least 1, got {batch} and {tokens}")
+    if new_tokens < 0 or (new_tokens and (training or not g.causal)):
+        raise UsageError(f"new_tokens={new_tokens}: a causal model that is not being trained generates 0 or more tokens")
+    if lora_rank < 1: raise UsageError(f"lora_rank must be at least 1, got {lora_rank}")
     if training not in (None, "full", "lora"): raise unknown("training", training, ["full", "lora", "None"])
     if optimizer not in _STATES: raise unknown("optimizer", optimizer, _STATES)
     size, weights = dtype_bytes(dtype), g.weight_bytes(dtype)
     what = f"{training} training with {optimizer}" + f", rank {lora_rank}" * (training == "lora") if training else "inference"
-    said = f"{what}, {batch} × {tokens} tokens, {dtype}"
-    acts = g.activation_bytes(batch, tokens, dtype, training=bool(training), cuda=cuda)
-    if not training:
-        cache = g.kv_cache_bytes(tokens, batch, dtype) if g.causal else 0
-        return Memory(g.name, dict(weights=weights, kv_cache=cache, activations=acts), {"in the forward pass": weights + cache + acts}, said)
-    adapter = g.lora * lora_rank * size if training == "lora" else 0
+    said = f"{what}, {batch} × {tokens}{f' + {new_tokens}' if new_tokens else ''} tokens, {dtype}"
+    if not training: return _inference(g, batch, tokens, new_tokens, dtype, weights, said)
+    if not dropout: g = replace(g, dropout=0., hidden_dropout=0.)
+    acts = g.activation_bytes(batch, tokens, dtype, training=True, cuda=cuda, lora_rank=lora_rank if training == "lora" else 0)
+    adapter = g.lora * lora_rank * max(size, 4) if training == "lora" else 0  # PEFT keeps adapters in 32 bits
     gradients = adapter or weights
     state = _STATES[optimizer] * gradients
-    loss = batch * tokens * (g.vocab_size * (8 + size + (4 if size < 4 else 0)) if g.causal else (g.d_model + g.d_ff) * size)
-    scratch = 0 if training == "lora" else 2 * g.largest * size
+    loss = batch * tokens * (g.vocab_size * 12 if g.causal else (g.d_model + g.d_ff) * size)  # log-probabilities and two gradients, in 32 bits
+    scratch = 0 if optimizer != "adamw" else gradients if cuda else 0 if adapter else 2 * g.largest * size
+    twice = 2 * g.largest * size if g.tied and not adapter else 0             # the gradient of a tied head, that of the embedding, their sum
     standing = weights + adapter + state
-    moments = {"as backward starts": standing + acts + loss, "as backward ends": standing + gradients + (scratch / 2 if g.tied else 0),
+    moments = {"as backward starts": standing + acts + loss, "as backward ends": standing + gradients + twice,
         "in the update": standing + gradients + scratch}
-    parts = dict(weights=weights + adapter, optimizer=state, gradients=gradients, activations=acts, loss=loss, scratch=scratch)
+    parts = dict(weights=weights + adapter, optimizer=state, gradients=gradients, activations=acts, loss=loss, scratch=max(scratch, twice))
     return Memory(g.name, parts, moments, said)
+
+def _inference(g, batch, tokens, new_tokens, dtype, weights, said):
+    acts = g.activation_bytes(batch, tokens, dtype, logits=not new_tokens)
+    cache = g.kv_cache_bytes(tokens, batch, dtype) if g.causal else 0
+    if not new_tokens: return Memory(g.name, dict(weights=weights, kv_cache=cache, activations=acts), {"in the forward pass": weights + cache + acts}, said)
+    most = g.kv_cache_bytes(tokens + new_tokens - 1, batch, dtype)  # the last token is not read again
+    step = g.activation_bytes(batch, 1, dtype) + 4 * batch * g.vocab_size
+    grown = most * (1 + 1 / (2 * g.n_layer))                        # to grow, a layer's keys are copied
+    moments = {"in the prefill": weights + cache + acts, "in the last step": weights + grown + step}
+    return Memory(g.name, dict(weights=weights, kv_cache=most, activations=acts), moments, said)
 
 # %% ../../nbs/kit/04_geometry.ipynb #9d46ef5b
 @dataclass(frozen=True)
