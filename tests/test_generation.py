@@ -38,7 +38,8 @@ class Stopping(torch.nn.Module):
 def library(m, ids, n=N, **options):
     x = torch.tensor([ids])
     eos = options.pop("eos_token_id", m.tokenizer.eos_token_id)
-    return m.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, pad_token_id=m.tokenizer.pad_token_id, eos_token_id=eos, **options)[0, len(ids):].tolist()
+    out = m.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, pad_token_id=m.tokenizer.pad_token_id, eos_token_id=eos, **options)
+    return out[0, len(ids):].tolist()
 
 
 # Transforms
@@ -92,8 +93,10 @@ def test_impossible_or_idle_options(lm, options, message):
 
 
 @pytest.mark.parametrize("prompts,n,message", [
-    ("abc", 0, "max_new_tokens=0"), ([], 4, "prompts is empty"), ([3], 4, r"prompts\[0\]"), (["a" * 2000], 100, "2000 tokens and 100 new ones .* 2048 .* at most 48"),
-    (["a" * 2100], 100, "Cut the prompt to 1948"), ([[4096]], 4, "tokenizer does not fit the model"), ([[-1]], 4, "does not fit"), ([["a"]], 4, "does not fit")])
+    ("abc", 0, "max_new_tokens=0"), ([], 4, "prompts is empty"), ([3], 4, r"prompts\[0\]"),
+    (["a" * 2000], 100, "2000 tokens and 100 new ones .* 2048 .* at most 48"),
+    (["a" * 2100], 100, "Cut the prompt to 1948"),
+    ([[4096]], 4, "tokenizer does not fit the model"), ([[-1]], 4, "does not fit"), ([["a"]], 4, "does not fit")])
 def test_prompts_that_do_not_fit(lm, prompts, n, message):
     with pytest.raises(UsageError, match=message): g.generate(lm, prompts, n)
 
@@ -231,7 +234,7 @@ def test_a_character_that_never_becomes_whole_is_told_at_the_end(lm, monkeypatch
 
 class Spaced:
     "A tokenizer whose decoder drops the space of the first word, as SentencePiece does."
-    def decode(self, ids, **_): return "".join(" word%d" % i for i in ids)[1:]
+    def decode(self, ids, **_): return "".join(f" word{i}" for i in ids)[1:]
 
 
 def test_the_space_before_a_continuation_is_kept():

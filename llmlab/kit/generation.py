@@ -124,7 +124,7 @@ def prompt_ids(
     tok, out = loaded.tokenizer, []
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, (str, list, tuple)): raise UsageError(f"prompts[{i}] must be a text or a list of tokens, got {prompt!r:.60}")
-        out.append(list(tok(prompt)["input_ids"] if isinstance(prompt, str) else prompt) or [_first(loaded)])
+        out.append(list(tok(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else prompt) or [_first(loaded)])
     if not out: raise UsageError("prompts is empty: there is nothing to continue. Pass [\"\"] to begin from nothing")
     rows, longest = loaded.model.get_input_embeddings().weight.shape[0], max(map(len, out))
     bad = next((t for ids in out for t in ids if not (isinstance(t, int) and 0 <= t < rows)), None)
@@ -134,7 +134,8 @@ def prompt_ids(
     if longest + max_new_tokens > context:
         room = context - longest
         remedy = f"Ask for at most {room} new ones, or cut the prompt" if room > 0 else f"Cut the prompt to {max(1, context - max_new_tokens)}"
-        raise UsageError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {context} that {loaded.name} was made for. {remedy}")
+        raise UsageError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {context} "
+            f"that {loaded.name} was made for. {remedy}")
     return out
 
 def _first(loaded):
