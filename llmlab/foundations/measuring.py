@@ -163,7 +163,11 @@ def random_model(
 ):                       # in evaluation mode
     "A model with random weights: for its speed only."
     from transformers import AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]): return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(device).eval()
+    from transformers.initialization import no_init_weights
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), no_init_weights():  # careful initialisation would take longer than the timing
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        for p in model.parameters(): p.uniform_(-.03, .03)
+    return model.to(device)
 
 def decode_step(
     model,               # a causal language model
