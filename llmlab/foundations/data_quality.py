@@ -426,11 +426,12 @@ def plot_curves(
 ):                   # the axes
     "Curves with intervals over the rate of a fault."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(5, 3.4), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(7.5, 3.6), layout="constrained")[1]
     for i, (name, points) in enumerate(curves.items()):
         e = list(points.values())
         bars = [[o.value - o.low for o in e], [o.high - o.value for o in e]]
         ax.errorbar([100 * r for r in points], [o.value for o in e], bars, fmt="o-", color=f"C{i}", capsize=2, label=name)
-    ax.set(xlabel=xlabel, ylabel=ylabel or e[0].unit); ax.grid(alpha=.3); ax.legend(frameon=False)
+    ax.set(xlabel=xlabel, ylabel=ylabel or e[0].unit); ax.grid(alpha=.3)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
