@@ -290,8 +290,9 @@ def planted(
         steps = tqdm(steps, desc="plant", unit="step", leave=False)
     losses = []
     for ids in steps:
-        losses.append(m.model.train()(input_ids=ids, labels=ids).loss)
-        losses[-1].backward()
+        loss = m.model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(m.model.parameters(), 1.)
         optimizer.step(); optimizer.zero_grad(); falling.step()
     models.save(m, folder)
@@ -584,7 +585,7 @@ class Coloured:
             red, blue = (200, 40, 40), (40, 80, 200)
             r, g, b = red if v > 0 else blue
             return f'<span title="{v:+.3f}" style="background:rgba({r},{g},{b},{min(abs(v), 1) * .75:.2f});padding:.1em .15em">{html.escape(token)}</span>'
-        line = lambda e, o: f"<p>{''.join(piece(t, float(v)) for t, v in zip(e.tokens, o / o.abs().max()))} <span style='opacity:.6'>{html.escape(e.what)}</span></p>"
+        line = lambda e, o: f"<p>{''.join(piece(t, float(v)) for t, v in zip(e.tokens, o / o.abs().max().clamp(min=1e-12)))} <span style='opacity:.6'>{html.escape(e.what)}</span></p>"
         return "".join(line(e, o) for e, o in zip(self.explained, self.scores))
 
 def plot_attributions(
