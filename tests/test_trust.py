@@ -148,7 +148,7 @@ def test_weights_are_told_apart_by_their_content(tmp_path):
 @examples(max_examples=60, deadline=None)
 @given(texts, st.sampled_from([a for several in t.INJECTIONS.values() for a in several]))
 def test_escaping_leaves_no_mark_and_changes_nothing_twice(host, attack):
-    clean = t.escaped(t.injected(host.replace("{", "").replace("}", ""), attack, "hacked"))
+    clean = t.escaped(host + attack.format(t="hacked", h=host, s="h a c k e d"))
     assert "\n" not in clean and "Type:" not in clean and "Description:" not in clean and t.escaped(clean) == clean
 
 
@@ -164,11 +164,6 @@ def test_answers_do_not_depend_on_the_batch(lm):
     for i, p in enumerate(prompts):
         alone, alone_pull = t.answers(lm, [p], [["int", "str", "int"][i]], tokens=2)
         assert alone[0] == together[i] and alone_pull[0] == pytest.approx(pull[i], abs=1e-3)
-
-
-def test_kinds_are_paired_within_groups():
-    got = t.by_kind(["a", "b", "a", "b", "a"], np.array([1., 2, 3, 4, 5]), ["g", "g", "h", "h", "h"])
-    assert got["a"].tolist() == [1, 4] and got["b"].tolist() == [2, 4]
 
 
 def test_counterfactual_is_the_first_less_the_second():
@@ -200,10 +195,6 @@ def test_holm_is_that_of_statsmodels(p):
 def test_holm_refuses_what_is_no_probability():
     with pytest.raises(UsageError): t.holm([.1, 1.2])
     with pytest.raises(UsageError): t.holm([math.nan])
-
-
-def test_no_difference_where_all_are_alike():
-    assert t.no_difference(np.zeros(5)) == 1 and t.no_difference(np.ones(5)) == 0 and t.no_difference(np.array([1., -1, 1, -1])) == 1
 
 
 @examples(max_examples=20, deadline=None)
