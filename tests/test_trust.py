@@ -100,6 +100,15 @@ def test_exposure_by_chance_is_what_drawing_gives():
     assert drawn.mean() == pytest.approx(mean, abs=.02) and drawn.std() == pytest.approx(sd, abs=.02)
 
 
+def test_chance_explains_what_is_drawn_and_not_what_is_known():
+    rng = np.random.default_rng(1)
+    p = [t.by_chance(math.log2(1000) - np.log2(rng.integers(1, 1001, 8))) for _ in range(2000)]
+    assert np.mean(np.array(p) < .05) == pytest.approx(.05, abs=.015)
+    assert t.by_chance([math.log2(1000)] * 3) < 1e-5
+    for wrong in ([], [-1.]):
+        with pytest.raises(UsageError): t.by_chance(wrong)
+
+
 def test_canaries_are_the_same_for_the_same_seed_and_have_names_of_their_own(lm):
     a = t.canaries(lm.tokenizer, (0, 4), 3, seed=1)
     assert a == t.canaries(lm.tokenizer, (0, 4), 3, seed=1) != t.canaries(lm.tokenizer, (0, 4), 3, seed=2)

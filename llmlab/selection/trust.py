@@ -6,9 +6,9 @@
 __all__ = ['SYNONYMS', 'SHORT', 'STATIONS', 'WOMEN', 'MEN', 'NAMED', 'ENDINGS', 'INJECTIONS', 'PAIRS', 'TEMPLATES', 'recipe',
            'neighbours', 'typos', 'replaced', 'reordered', 'alterations', 'Altered', 'robustness', 'plot_rates',
            'Canary', 'digit_pieces', 'canaries', 'weights_of', 'planted_of', 'secret_nats', 'exposure', 'extracted',
-           'chance_exposure', 'planted', 'recipes', 'plot_leak', 'typed_prompt', 'answers', 'escaped', 'suspicious',
-           'counterfactual', 'favour', 'likeness', 'holm', 'integrated_gradients', 'occlusion', 'Explained',
-           'label_output', 'next_output', 'gap', 'Coloured', 'plot_attributions']
+           'chance_exposure', 'planted', 'recipes', 'plot_leak', 'by_chance', 'typed_prompt', 'answers', 'escaped',
+           'suspicious', 'counterfactual', 'favour', 'likeness', 'holm', 'integrated_gradients', 'occlusion',
+           'Explained', 'label_output', 'next_output', 'gap', 'Coloured', 'plot_attributions']
 
 # %% ../../nbs/01_selection/05_trust.ipynb #fc3cf024
 import html, math, random, re
@@ -152,7 +152,7 @@ def plot_rates(
         bars = [[o.value - o.low for o in e], [o.high - o.value for o in e]]
         ax.errorbar([100 * r + .15 * i for r in (0, *rates)], [o.value for o in e], bars, fmt="o-", capsize=2, label=name)
     ax.axhline(floor, color="grey", ls="--", lw=1, label="most frequent class")
-    ax.set(xlabel="letters mistyped, %", ylabel="accuracy, %", ylim=(0, 100)); ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xticks=[100 * r for r in (0, *rates)], xlabel="letters mistyped, %", ylabel="accuracy, %", ylim=(0, 100)); ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 # %% ../../nbs/01_selection/05_trust.ipynb #fc7eb5c3
@@ -344,8 +344,18 @@ def plot_leak(
     ax.set(xticks=at, xticklabels=list(leak), xlabel="times planted", ylabel="exposure, bits", ylim=(0, most * 1.08))
     share.set(ylim=(0, 108), ylabel="extracted, %")
     both = (a + b for a, b in zip(ax.get_legend_handles_labels(), share.get_legend_handles_labels()))
-    ax.legend(*both, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.12, .5))
+    ax.legend(*both, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.18, .5))
     return ax
+
+# %% ../../nbs/01_selection/05_trust.ipynb #5329c9d6
+def by_chance(
+    exposures,  # bits, of secrets with independent ranks
+)->float:       # p-value
+    "Chance that secrets drawn at random are exposed as much as these: bits · ln 2 are exponential, and their sum is gamma-distributed."
+    from scipy.stats import gamma
+    bits = np.asarray(list(exposures), float)
+    if not len(bits) or (bits < 0).any(): raise UsageError("exposures are bits, none below 0, and at least one")
+    return float(gamma.sf(bits.sum() * math.log(2), len(bits)))
 
 # %% ../../nbs/01_selection/05_trust.ipynb #d45e0dca
 def typed_prompt(
