@@ -152,7 +152,8 @@ def plot_rates(
         bars = [[o.value - o.low for o in e], [o.high - o.value for o in e]]
         ax.errorbar([100 * r + .15 * i for r in (0, *rates)], [o.value for o in e], bars, fmt="o-", capsize=2, label=name)
     ax.axhline(floor, color="grey", ls="--", lw=1, label="most frequent class")
-    ax.set(xticks=[100 * r for r in (0, *rates)], xlabel="letters mistyped, %", ylabel="accuracy, %", ylim=(0, 100)); ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xticks=[100 * r for r in (0, *rates)], xlabel="letters mistyped, %", ylabel="accuracy, %", ylim=(0, 100))
+    ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 # %% ../../nbs/01_selection/05_trust.ipynb #fc7eb5c3
