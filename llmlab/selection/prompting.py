@@ -41,9 +41,10 @@ def decoding(
     model:Loaded,            # a causal language model
     prompt:str,              # one
     new_tokens:int=32,       # exactly so many
+    **options,               # of `generate`
 )->Callable:                 # without arguments, for `measure.compare`; gives the bytes of the text
     "Greedy decoding of a fixed length, which no end-of-text can shorten."
-    def run(): return len(stopwatch(model, prompt, new_tokens, min_new_tokens=new_tokens)["text"].encode())
+    def run(): return len(stopwatch(model, prompt, new_tokens, **options | dict(min_new_tokens=new_tokens, eos_token_id=None))["text"].encode())
     return run
 
 # %% ../../nbs/01_selection/04_prompting.ipynb #1f21ebb1
@@ -98,15 +99,15 @@ def _joined(loaded, pairs, start):
     tok, first = loaded.tokenizer, []
     if start: first = [tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id]
     contexts = list(dict.fromkeys(c for c, _ in pairs))
-    n = dict(zip(contexts, map(len, tok(contexts, add_special_tokens=False)["input_ids"])))
-    ids = [tuple(first + o) for o in tok([c + a for c, a in pairs], add_special_tokens=False)["input_ids"]]
+    n = dict(zip(contexts, map(len, tok(contexts, add_special_tokens=False, verbose=False)["input_ids"])))
+    ids = [tuple(first + o) for o in tok([c + a for c, a in pairs], add_special_tokens=False, verbose=False)["input_ids"]]
     begins = [len(first) + n[c] for c, _ in pairs]
     for (c, a), i, b in zip(pairs, ids, begins):
         if not b or b >= len(i): raise UsageError(f"the continuation {a!r} of {c[-40:]!r} has no token of its own, or nothing before it")
     return ids, begins
 
 def _after(loaded, past, rows, device):
-    "Log-probabilities (B, T, vocabulary) of rows of ids, padded on the right, after a prefix that all share."
+    "Logits (B, T, vocabulary) of rows of ids, padded on the right, after a prefix that all share."
     from transformers import DynamicCache
     cache = None
     if past is not None:
@@ -115,7 +116,7 @@ def _after(loaded, past, rows, device):
             cache.update(layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1), i)
     width = max(map(len, rows))
     x = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], device=device)
-    return loaded.model(input_ids=x, past_key_values=cache, use_cache=cache is not None).logits.float().log_softmax(-1)
+    return loaded.model(input_ids=x, past_key_values=cache, use_cache=cache is not None).logits
 
 def continuation_nats(
     loaded:Loaded,       # a causal language model
@@ -140,12 +141,12 @@ def continuation_nats(
         if shared: past = loaded.model(input_ids=torch.tensor([rows[0][:shared]], device=loaded.device), use_cache=True).past_key_values
         for at in range(0, len(rows), batch_size):
             batch = rows[at:at + batch_size]
-            logp = _after(loaded, past, [r[shared:] for r in batch], loaded.device)
+            logits = _after(loaded, past, [r[shared:] for r in batch], loaded.device)
             for row, key in enumerate(batch):
                 for n in wanted[key]:
                     targets = torch.tensor(ids[n][begins[n]:], device=loaded.device)
                     first = begins[n] - 1 - shared
-                    out[n] = -logp[row, first:first + len(targets)].gather(1, targets[:, None]).double().sum().cpu()
+                    out[n] = torch.nn.functional.cross_entropy(logits[row, first:first + len(targets)].float(), targets, reduction="sum").cpu()
     return out
 
 # %% ../../nbs/01_selection/04_prompting.ipynb #7231a74d
@@ -316,5 +317,6 @@ def harness(
         tok = copy.deepcopy(loaded.tokenizer)  # the harness sets its padding side
         lm = HFLM(pretrained=loaded.model, tokenizer=tok, batch_size=batch_size, add_bos_token=False)
         out = lm_eval.simple_evaluate(lm, tasks=[copy.deepcopy(t) for t in tasks], task_manager=TaskManager(include_defaults=False), bootstrap_iters=resamples)
-    return dict(results={t.removeprefix("llmlab_"): {k.removesuffix(",none"): v for k, v in r.items() if isinstance(v, float)} for t, r in out["results"].items()},
+    figures = lambda r: {k.removesuffix(",none"): v for k, v in r.items() if isinstance(v, float)}
+    return dict(results={t.removeprefix("llmlab_"): figures(r) for t, r in out["results"].items()},
                 samples={t.removeprefix("llmlab_"): rows for t, rows in out["samples"].items()})
