@@ -31,10 +31,11 @@ def generate(
 )->list[str]:                # what came after each prompt
     "Greedy continuations, without the prompt. Raises `UsageError` where no room is left for a prompt."
     tok, model, prompts = loaded.tokenizer, loaded.model, list(prompts)
+    if not prompts: return []
     room = model.config.max_position_embeddings - max_new_tokens
     if room < 1: raise UsageError(f"max_new_tokens={max_new_tokens} leaves no room in the context of {loaded.name}, {model.config.max_position_embeddings}")
     begin = [tok.bos_token_id] if tok.bos_token_id is not None else []
-    ids = [begin + o[-(room - len(begin)):] for o in tok(prompts, add_special_tokens=False)["input_ids"]]
+    ids = [begin + o[-(room - len(begin)):] for o in tok(prompts, add_special_tokens=False, verbose=False)["input_ids"]]
     ids = [o or [tok.eos_token_id] for o in ids]
     order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids)
     ends = dict(stop_strings=[stop], tokenizer=tok) if stop else {}
@@ -116,14 +117,11 @@ def first_sentence(
 
 def summarising(
     pairs,             # (body, summary)
-    examples,          # (body, summary) to show
     resamples:int=2000,
 )->Application:
-    "Body to summary line."
-    show = lambda body: f"{body}\n\nIn one line: "
-    front = "".join(f"{show(b)}{h}\n\n\n" for b, h in examples)
+    "Body to summary line; two blank lines, after which the text that the model has read goes on with a summary line."
     score = lambda a, r: metrics.rouge(a, r, kinds=("rougeL", "rouge1"), resamples=resamples)
-    return Application("summarising", "docstrings, body to first line", tuple(front + show(b).rstrip() for b, _ in pairs), tuple(h for _, h in pairs), score,
+    return Application("summarising", "docstrings, body to first line", tuple(f"{b}\n\n\n" for b, _ in pairs), tuple(h for _, h in pairs), score,
         "first sentence", tuple(first_sentence(b) for b, _ in pairs), max_new_tokens=24)
 
 # %% ../../nbs/01_selection/06_applications.ipynb #1c0b8292
@@ -286,7 +284,8 @@ def dialogue(
 
 # %% ../../nbs/01_selection/06_applications.ipynb #a6e10da2
 GLOSSARY = dict(zip(
-    "函数 返回 图 节点 数量 文件 不存在 异常 默认值 是 零 数组 形状 相同 训练 之前 检查 数据 结果 模型 价格 缓存 减少 重复 计算 今天 下午 北京 上海 火车".split(),
+    ("函数 返回 图 节点 数量 文件 不存在 异常 默认值 是 零 数组 形状 相同 训练 之前 检查 数据 结果 模型 "
+     "价格 缓存 减少 重复 计算 今天 下午 北京 上海 火车").split(),
     ("function returns graph nodes number file missing exception default is zero arrays shape same training before check data result model "
      "price cache reduce repeated computation today afternoon Beijing Shanghai train").split()))
 
@@ -310,8 +309,8 @@ def translation(
     front = "".join(f"Chinese: {z}\nEnglish: {e}\n\n" for z, e in pairs[:examples])
     rest = pairs[examples:]
     score = lambda a, r: dict(chrf=metrics.chrf(a, r, resamples=resamples), bleu=metrics.bleu(a, r, resamples=resamples))
-    return Application("translation", f"{len(rest)} sentences, Chinese to English", tuple(f"{front}Chinese: {z}\nEnglish:" for z, _ in rest), tuple(e for _, e in rest),
-        score, "glossary, word by word", tuple(word_by_word(z) for z, _ in rest))
+    return Application("translation", f"{len(rest)} sentences, Chinese to English", tuple(f"{front}Chinese: {z}\nEnglish:" for z, _ in rest),
+        tuple(e for _, e in rest), score, "glossary, word by word", tuple(word_by_word(z) for z, _ in rest))
 
 # %% ../../nbs/01_selection/06_applications.ipynb #1406cc11
 def applications_table(

@@ -311,12 +311,12 @@ def harness(
 )->dict:                 # results (by task and metric) and samples (by task), as the library gives them
     "Run lm-evaluation-harness on a model in memory, without network, output or traces outside the tasks' folder."
     with _offline_and_quiet():
-        import lm_eval
+        from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
         tok = copy.deepcopy(loaded.tokenizer)  # the harness sets its padding side
         lm = HFLM(pretrained=loaded.model, tokenizer=tok, batch_size=batch_size, add_bos_token=False)
-        out = lm_eval.simple_evaluate(lm, tasks=[copy.deepcopy(t) for t in tasks], task_manager=TaskManager(include_defaults=False), bootstrap_iters=resamples)
+        out = evaluate(lm, TaskManager(include_defaults=False).load([copy.deepcopy(t) for t in tasks]), bootstrap_iters=resamples)
     figures = lambda r: {k.removesuffix(",none"): v for k, v in r.items() if isinstance(v, float)}
     return dict(results={t.removeprefix("llmlab_"): figures(r) for t, r in out["results"].items()},
                 samples={t.removeprefix("llmlab_"): rows for t, rows in out["samples"].items()})
