@@ -32,10 +32,10 @@ def generate(
     "Greedy continuations, without the prompt. Raises `UsageError` where no room is left for a prompt."
     tok, model, prompts = loaded.tokenizer, loaded.model, list(prompts)
     if not prompts: return []
-    room = model.config.max_position_embeddings - max_new_tokens
-    if room < 1: raise UsageError(f"max_new_tokens={max_new_tokens} leaves no room in the context of {loaded.name}, {model.config.max_position_embeddings}")
     begin = [tok.bos_token_id] if tok.bos_token_id is not None else []
-    ids = [begin + o[-(room - len(begin)):] for o in tok(prompts, add_special_tokens=False, verbose=False)["input_ids"]]
+    room = model.config.max_position_embeddings - max_new_tokens - len(begin)
+    if room < 1: raise UsageError(f"max_new_tokens={max_new_tokens} leaves no room in the context of {loaded.name}, {model.config.max_position_embeddings}")
+    ids = [begin + o[-room:] for o in tok(prompts, add_special_tokens=False, verbose=False)["input_ids"]]
     ids = [o or [tok.eos_token_id] for o in ids]
     order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids)
     ends = dict(stop_strings=[stop], tokenizer=tok) if stop else {}
@@ -51,6 +51,7 @@ def generate(
             out[i] = text.partition(stop)[0] if stop else text
     return out
 
+# %% ../../nbs/01_selection/06_applications.ipynb #b6ccfc2b
 def first_line(
     text:str,
 )->str:
@@ -80,6 +81,7 @@ class Outcome:
     model: dict|None        # likewise
     reason: str = ""        # why the model was skipped
 
+# %% ../../nbs/01_selection/06_applications.ipynb #eef61796
 def judge(
     app:Application,
     loaded:Loaded|None,     # the model; None: only the baseline
@@ -109,6 +111,7 @@ def summaries(
         if len(found) == n: break
     return found
 
+# %% ../../nbs/01_selection/06_applications.ipynb #ed323e21
 def first_sentence(
     text:str,
 )->str:
@@ -139,6 +142,7 @@ def by_layout(
     "Names and types by the layout of numpy's and Google's style: a word at the beginning of a line, then its type."
     return "; ".join(f"{name}: {t}" for name, word in _ENTRY.findall(text) if (t := corpora.type_label(word)))
 
+# %% ../../nbs/01_selection/06_applications.ipynb #41869077
 def pair_f1(
     answers,             # n texts as for `pairs_in`
     references,          # n texts, likewise
@@ -152,6 +156,7 @@ def pair_f1(
                 recall=lambda x: share(x[:, 0].sum(), x[:, 2].sum()))
     return {k: stats.estimate(rows, "%", f, resamples=resamples) for k, f in over.items()}
 
+# %% ../../nbs/01_selection/06_applications.ipynb #6ecb74a2
 def documented(
     texts,           # modules: docstrings with two blank lines between
     n:int,           # documents wanted
@@ -167,6 +172,7 @@ def documented(
         if len(found) == n: break
     return found
 
+# %% ../../nbs/01_selection/06_applications.ipynb #77e61460
 def extraction(
     found,             # as `documented` gives it
     examples,          # likewise, to show
@@ -198,6 +204,7 @@ def next_lines(
         if len(found) == n: break
     return found
 
+# %% ../../nbs/01_selection/06_applications.ipynb #81b84a23
 def line_follower(
     texts,           # modules of code to count in
 )->Callable:         # the lines before → a line
@@ -211,6 +218,7 @@ def line_follower(
     follow = {a: c.most_common(1)[0][0] for a, c in after.items()}
     return lambda before: follow.get(next((o.strip() for o in reversed(before.split("\n")) if len(o.strip()) >= 4), ""), top)
 
+# %% ../../nbs/01_selection/06_applications.ipynb #67a88daf
 def edit_similarity(
     a:str, b:str,    # two lines
 )->float:            # 0 to 100; 100: equal
@@ -227,6 +235,7 @@ def completion_scores(
     return {"edit similarity": stats.estimate([edit_similarity(*o) for o in both], "", resamples=resamples),
             "exact match": metrics.accuracy(*zip(*both), resamples=resamples)}
 
+# %% ../../nbs/01_selection/06_applications.ipynb #e66674f3
 def completion(
     places,             # as `next_lines` gives them
     follow:Callable,    # as `line_follower` gives it
@@ -261,6 +270,7 @@ DIALOGUES = (
     (("Is the seed optional?", "Yes, the default is None.", "What does None mean?"), "The random state is taken from the system."),
 )
 
+# %% ../../nbs/01_selection/06_applications.ipynb #21a281db
 def chat(
     loaded:Loaded,        # a causal language model
     turns,                # texts, user and assistant in turn, the first by the user
@@ -271,6 +281,7 @@ def chat(
     messages = [dict(role=("user", "assistant")[i % 2], content=t) for i, t in enumerate(turns)]
     return loaded.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=answer)
 
+# %% ../../nbs/01_selection/06_applications.ipynb #6607a864
 def dialogue(
     loaded:Loaded,           # whose template is used, if it has one
     template:str=CHATML,     # otherwise this one
@@ -300,6 +311,7 @@ def word_by_word(
         text = text[n or 1:]
     return " ".join(out)
 
+# %% ../../nbs/01_selection/06_applications.ipynb #d812a878
 def translation(
     pairs,             # (Chinese, English); the first are shown
     examples:int=2,    # of them shown, not scored
@@ -336,6 +348,7 @@ def edition(
     files = sorted(f for f in models.source(name, "causal-lm").iterdir() if f.suffix in (".safetensors", ".json") and f.name != "made.json")
     return " ".join(f"{f.name}:{models.digest(f)[:12]}" for f in files)
 
+# %% ../../nbs/01_selection/06_applications.ipynb #b2514488
 @store.recipe(version=1, uses=("torch", "transformers", training.fit, training.pack))
 def adapted(
     folder:Path,             # where the store wants the files
@@ -365,6 +378,7 @@ def adapted(
     models.save(done.loaded, folder)
     return dict(tokens=done.tokens, losses=[v for _, v in done.of("loss")], windows=len(x))
 
+# %% ../../nbs/01_selection/06_applications.ipynb #7657766f
 def adapted_of(
     s:Settings,          # of the run
     replay:float=0.,     # share of general text

@@ -63,6 +63,7 @@ PARALLEL = (
     ("大模型不一定比小模型好。", "A large model is not always better than a small one."),
 )
 
+# %% ../../nbs/01_selection/04_prompting.ipynb #822dde16
 @dataclass(frozen=True)
 class TokenCost:
     "What a tokenizer makes of some texts."
@@ -106,6 +107,7 @@ def _joined(loaded, pairs, start):
         if not b or b >= len(i): raise UsageError(f"the continuation {a!r} of {c[-40:]!r} has no token of its own, or nothing before it")
     return ids, begins
 
+# %% ../../nbs/01_selection/04_prompting.ipynb #3d0732e3
 def _after(loaded, past, rows, device):
     "Logits (B, T, vocabulary) of rows of ids, padded on the right, after a prefix that all share."
     from transformers import DynamicCache
@@ -118,6 +120,7 @@ def _after(loaded, past, rows, device):
     x = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], device=device)
     return loaded.model(input_ids=x, past_key_values=cache, use_cache=cache is not None).logits
 
+# %% ../../nbs/01_selection/04_prompting.ipynb #15043c7a
 def continuation_nats(
     loaded:Loaded,       # a causal language model
     pairs,               # (context, continuation) each; tokenised together
@@ -171,6 +174,7 @@ def prompt_for(
         return Prompt(tuple(labels), tuple(_TYPES[o] for o in labels), "{text}\nType:", "Parameters\n----------\nx : {label}\n   ")
     return Prompt(tuple(map(str, labels)), tuple(f"This is about {o}." for o in labels))
 
+# %% ../../nbs/01_selection/04_prompting.ipynb #51c54019
 def direct_nats(
     loaded:Loaded,   # a causal language model
     prompt:Prompt,
@@ -228,6 +232,7 @@ def draw(
     found = np.concatenate([rng.choice(np.flatnonzero(y == c), shots, replace=False) for c in np.unique(y)]).astype(int)
     return rng.permutation(found).tolist()
 
+# %% ../../nbs/01_selection/04_prompting.ipynb #b8ee994d
 def over_draws(
     right,             # (draws, n): whether each text was labelled rightly
     resamples:int=2000,
@@ -286,6 +291,7 @@ def harness_task(
     return yaml.safe_load((tasks/f"{name}.yaml").read_text("utf-8")) | dict(
         dataset_kwargs=dict(data_files=dict(test=str(folder/f"{name}.json")), cache_dir=str(folder/"cache")))
 
+# %% ../../nbs/01_selection/04_prompting.ipynb #98af88b0
 @contextlib.contextmanager
 def _offline_and_quiet():
     "No hub, no bars, no log, and everything back as it was."
