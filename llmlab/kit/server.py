@@ -144,8 +144,8 @@ def pieces(
 
 def _held(text, stop):
     "How many characters at the end could still change or belong to a stop text."
-    begun = (k for o in stop for k in range(min(len(o) - 1, len(text)), 0, -1) if text.endswith(o[:k]))
-    return max(int(text.endswith("\ufffd")), max(begun, default=0))
+    begun = lambda t: max((k for o in stop for k in range(min(len(o) - 1, len(t)), 0, -1) if t.endswith(o[:k])), default=0)
+    return max(begun(text), 1 + begun(text[:-1])) if text.endswith("\ufffd") else begun(text)
 
 # %% ../../nbs/kit/10_server.ipynb #edffdc48
 class Refused(Exception):
@@ -363,9 +363,9 @@ def _main():
     def say(**what): replace_file(folder/"ready.json", json.dumps(what))
     def end_with_owner():
         sys.stdin.read()
+        shutil.rmtree(folder, ignore_errors=True)
         for o in web: o.should_exit = True
         time.sleep(2 if web else 0)
-        shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)
     threading.Thread(target=end_with_owner, daemon=True).start()
     try: engine = _engine(task)

@@ -211,21 +211,23 @@ def told(
     "The official client's errors as `UsageError` (change the call) or `Unavailable` (the server's turn), each with the remedy."
     import openai
     at = f"{endpoint.base_url}"
-    tries = f"{endpoint.retries + 1} tries" if endpoint.retries else "one try"
+    tries = f"{endpoint.retries} retries" if endpoint.retries else "no retry"
     try: yield
     except openai.APITimeoutError as e:
-        raise Unavailable(f"{at} gave no answer within {endpoint.timeout_s:g} s, in {tries}. Raise timeout_s, or ask for fewer tokens") from e
+        raise Unavailable(f"{at} gave no answer within {endpoint.timeout_s:g} s, with {tries}. Raise timeout_s, or ask for fewer tokens") from e
     except openai.AuthenticationError as e: raise UsageError(f"{at} refused the key: {_said(e)}. Set OPENAI_API_KEY to a key of this server") from e
     except openai.PermissionDeniedError as e: raise UsageError(f"{at} does not allow this with your key: {_said(e)}") from e
     except openai.NotFoundError as e: raise _not_found(endpoint, e) from e
     except openai.RateLimitError as e:
-        raise Unavailable(f"{at} refused for too many requests, in {tries}: {_said(e)}. Send fewer at once, raise retries, or see your quota") from e
-    except openai.InternalServerError as e: raise Unavailable(f"{at} failed with status {e.status_code}, in {tries}: {_said(e)}. Ask later") from e
+        wait = e.response.headers.get("retry-after")
+        wish = f"; it asks to be left alone for {wait} s" if wait else ""
+        raise Unavailable(f"{at} refused for too many requests, with {tries}{wish}: {_said(e)}. Send fewer at once, or see your quota") from e
+    except openai.InternalServerError as e: raise Unavailable(f"{at} failed with status {e.status_code}, with {tries}: {_said(e)}. Ask later") from e
     except openai.APIStatusError as e: raise UsageError(f"{at} refused the request (status {e.status_code}): {_said(e)}") from e
     except openai.APIConnectionError as e:
         if "Protocol" in _root(e) or "Read" in _root(e): raise _hung_up(at, e) from e
-        raise Unavailable(f"no server answers at {at} ({_root(e)}), in {tries}. Start it, or correct base_url (OPENAI_BASE_URL)") from e
-    except openai.APIResponseValidationError as e: raise _elsewhere(endpoint) from e
+        raise Unavailable(f"no server answers at {at} ({_root(e)}), with {tries}. Start it, or correct base_url (OPENAI_BASE_URL)") from e
+    except (openai.APIResponseValidationError, json.JSONDecodeError) as e: raise _elsewhere(endpoint) from e
     except openai.APIError as e: raise Unavailable(f"{at} ended the answer with an error: {_said(e)}") from e
     except Exception as e:
         if not type(e).__module__.startswith("httpx"): raise
@@ -304,8 +306,9 @@ class Load:
     @property
     def tokens_per_s(self)->float: return sum(t.tokens for t in self.done) / self.seconds
     @property
-    def under_way(self)->float: # requests at the same time, on average: the sum of their times over the time
-        return sum(t.latency_ms for t in self.timed) / 1e3 / self.seconds
+    def under_way(self)->float: # requests at the same time, on average, until the last one was due
+        until = max(t.due_s for t in self.timed)
+        return sum(min(t.latency_ms / 1e3, until - t.due_s) for t in self.timed) / until if until else float(len(self.timed))
     def row(self):
         p = self.percentiles(at=(50, 95)) if self.done else {}
         return (f"{self.clients} clients" if self.clients else f"{self.rate:g} a second", len(self.timed), sum(self.errors.values()), p.get(50), p.get(95),
@@ -385,7 +388,7 @@ class Loads(Mapping):
     def __getitem__(self, k): return self.loads[k]
     def __iter__(self): return iter(self.loads)
     def __len__(self): return len(self.loads)
-    def _table(self): return Table(_load_columns, tuple(o.row() for o in self.loads.values()), "medians with 95 % interval, without each client's first request")
+    def _table(self): return Table(_load_columns, tuple(o.row() for o in self.loads.values()), "medians with 95 % interval, without each client's first")
     def __repr__(self): return repr(self._table())
     def _repr_html_(self): return self._table()._repr_html_()
 
