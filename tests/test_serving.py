@@ -189,7 +189,8 @@ def test_a_chat_template_of_the_model_is_used_and_a_plain_one_otherwise(loaded):
     engine = Model(loaded)
     plain = engine.decode(engine.chat(turns))
     assert plain == "User: Hi\nAssistant:"
-    with patch.object(loaded.tokenizer, "chat_template", "{% for m in messages %}<{{ m.content }}>{% endfor %}"): assert engine.decode(engine.chat(turns)) == "<Hi>"
+    with patch.object(loaded.tokenizer, "chat_template", "{% for m in messages %}<{{ m.content }}>{% endfor %}"):
+        assert engine.decode(engine.chat(turns)) == "<Hi>"
 
 
 # the process

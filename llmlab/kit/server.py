@@ -9,6 +9,7 @@ __all__ = ['TEMPLATE', 'Asked', 'Completion', 'Message', 'Chat', 'next_tokens', 
 # %% ../../nbs/kit/10_server.ipynb #2a93f722
 import asyncio, hmac, itertools, json, os, secrets, shutil, sys, threading, time
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ class _Desk:
     "What the server knows of itself: the engine, the one thread that computes, counters, faults to come."
     def __init__(self, engine, model, key):
         self.engine, self.model, self.key, self.faults = engine, model, key, []
-        self.pool, self.seen, self.tokens, self.active = ThreadPoolExecutor(1), 0, 0, 0
+        self.pool, self.turn, self.seen, self.tokens, self.active = ThreadPoolExecutor(1), asyncio.Lock(), 0, 0, 0
 
     def admit(self, given):
         if not hmac.compare_digest((given or "").encode(), f"Bearer {self.key}".encode()):
@@ -201,25 +202,13 @@ class _Desk:
         return n
 
     async def answer(self, body, ids, n):
-        "Pieces from the thread that computes."
-        loop, queue, gone = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
-        def put(o): loop.call_soon_threadsafe(queue.put_nowait, o)
-        def work():
-            try:
-                if gone.is_set(): return
-                tokens = self.engine.tokens(ids, body.temperature, body.top_p, body.seed)
-                for piece in pieces(tokens, self.engine.decode, n, self.engine.eos, _stops(body)):
-                    self.tokens += len(piece.ids)
-                    put(piece)
-                    if gone.is_set(): break
-            except Exception as e: put(e)
-            finally: put(None)
-        self.pool.submit(work)
-        try:
-            while (piece := await queue.get()) is not None:
-                if isinstance(piece, Exception): raise piece
+        "Pieces, one request after the other; between two of them others are heard, and whoever hung up is let go."
+        async with self.turn:
+            tokens = self.engine.tokens(ids, body.temperature, body.top_p, body.seed)
+            steps = pieces(tokens, self.engine.decode, n, self.engine.eos, _stops(body))
+            while (piece := await asyncio.get_running_loop().run_in_executor(self.pool, next, steps, None)) is not None:
+                self.tokens += len(piece.ids)
                 yield piece
-        finally: gone.set()
 
 def _stops(body): return tuple([body.stop] if isinstance(body.stop, str) else body.stop or ())
 
@@ -247,7 +236,7 @@ class _Reply:
     async def whole(self, prompts):  # (ids, n) each
         choices, total = [], 0
         for index, (ids, n) in enumerate(prompts):
-            got = [p async for p in self.desk.answer(self.body, ids, n)]
+            async with aclosing(self.desk.answer(self.body, ids, n)) as answer: got = [p async for p in answer]
             new = [i for p in got for i in p.ids]
             text, logprobs = "".join(p.text for p in got), None
             if not self.chat and self.body.logprobs is not None: logprobs = await self.scored(ids, new)
@@ -269,10 +258,11 @@ class _Reply:
         made = 0
         event = lambda o: f"data: {json.dumps(self.head | o)}\n\n"
         if self.chat: yield event(dict(choices=[dict(index=0, delta=dict(role="assistant", content=""), finish_reason=None)]))
-        async for p in self.desk.answer(self.body, ids, n):
-            made += len(p.ids)
-            yield event(dict(choices=[self.choice(0, p.text, p.ids, p.finish)]))
-            if cut and made >= n // 2: raise ConnectionAbortedError("hung up in the middle, as the fault asks for")
+        async with aclosing(self.desk.answer(self.body, ids, n)) as answer:
+            async for p in answer:
+                made += len(p.ids)
+                yield event(dict(choices=[self.choice(0, p.text, p.ids, p.finish)]))
+                if cut and made >= n // 2: raise ConnectionAbortedError("hung up in the middle, as the fault asks for")
         if (self.body.stream_options or {}).get("include_usage"): yield event(dict(choices=[], usage=self.usage(len(ids), made)))
         yield "data: [DONE]\n\n"
 
