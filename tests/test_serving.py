@@ -202,6 +202,21 @@ def test_it_listens_on_this_machine_only_and_hides_its_key(server):
     assert server.key not in "".join(psutil.Process(server.pid).environ().values())
 
 
+def test_small_answers_are_not_held_back():
+    from llmlab.kit.server import _door
+    async def answered():
+        found = []
+        def come(reader, writer):
+            found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+        async with await asyncio.start_server(come, sock=_door()) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            await reader.read()
+            writer.close()
+        return found
+    assert asyncio.run(answered()) == [1]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, SystemExit])
 def test_it_stops_when_its_block_raises(error):
     with pytest.raises(error):
@@ -233,6 +248,13 @@ def test_it_stops_when_its_owner_dies_before_it_is_ready():
     owner.kill()
     owner.wait(10)
     assert gone(pid, 60)
+
+
+def test_where_no_process_can_be_started_nothing_is_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(serving.tempfile, "mkdtemp", lambda prefix: str(tmp_path/"server") if (tmp_path/"server").mkdir() is None else None)
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(OSError): local_server("echo")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_owner_that_lets_go_of_it_ends_it():
@@ -286,6 +308,12 @@ def test_the_environment_names_server_and_key(server, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url); monkeypatch.setenv("OPENAI_API_KEY", server.key)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9"); monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     assert Endpoint("echo").complete("hello", max_tokens=5).text == "hello" and Endpoint("echo").models() == ["echo"]
+
+
+def test_what_is_none_is_left_to_the_server(api):
+    assert api.complete("abc", max_tokens=None, temperature=None).completion_tokens == 16
+    assert api.chat("abc", max_tokens=None, max_completion_tokens=2).text == "ab"
+    assert "".join(api.stream([dict(role="user", content="abc")], max_tokens=None, extra_body=dict(max_completion_tokens=4))) == "abca"
 
 
 def test_a_key_is_never_shown(server, api):

@@ -346,6 +346,13 @@ def _engine(task):
     from llmlab.kit import models
     return Model(models.load(task["model"], task="causal-lm", device=task["device"], dtype=task["dtype"], seed=task["seed"]))
 
+def _door():
+    "A free port of this machine. Named as TCP, since only then does asyncio turn off Nagle's algorithm, which holds small answers back."
+    import socket
+    door = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    door.bind(("127.0.0.1", 0))
+    return door
+
 def _main():
     "The server's process: its task is the first line of standard input, whose end is its own."
     task, web = json.loads(sys.stdin.readline()), []
@@ -362,9 +369,8 @@ def _main():
     except LabError as e:
         say(error=type(e).__name__, message=str(e))
         return e.exit_status
-    import socket, uvicorn
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    import uvicorn
+    with _door() as free:
         web.append(uvicorn.Server(uvicorn.Config(app(engine, task["model"], task["key"], task["faults"]), log_level="warning", access_log=False,
                                                  lifespan="off", timeout_graceful_shutdown=1)))
         say(port=free.getsockname()[1])

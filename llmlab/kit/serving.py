@@ -29,9 +29,13 @@ class LocalServer:
         self._folder = Path(tempfile.mkdtemp(prefix="llmlab-server-"))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
         if task["threads"]: env["OMP_NUM_THREADS"] = str(task["threads"])
-        with open(self._folder/"log", "w") as log:
-            self._process = subprocess.Popen([sys.executable, "-m", "llmlab.kit.server"], stdin=subprocess.PIPE, stdout=log, stderr=log,
-                                             env=env, start_new_session=True, text=True)
+        try:
+            with open(self._folder/"log", "w") as log:
+                self._process = subprocess.Popen([sys.executable, "-m", "llmlab.kit.server"], stdin=subprocess.PIPE, stdout=log, stderr=log,
+                                                 env=env, start_new_session=True, text=True)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         self.pid, self._end = self._process.pid, weakref.finalize(self, _ended, self._process, self._folder)
         try:
             self._process.stdin.write(json.dumps(task | dict(model=model, folder=str(self._folder))) + "\n")
@@ -163,37 +167,37 @@ class Endpoint:
 
     def complete(self,
         prompt,               # text or token ids
-        max_tokens:int=16,
-        temperature:float=0., # 0: greedy
+        max_tokens:int|None=16,    # None: as the server has it
+        temperature:float|None=0., # 0: greedy; None: as the server has it
         **more,               # stop, seed, logprobs … of the contract; what only some servers know goes into extra_body
     )->Answer:
         "Continue a text."
         start = time.perf_counter()
-        with told(self): got = self.client.completions.create(model=self.model, prompt=prompt, max_tokens=max_tokens, temperature=temperature, **more)
+        with told(self): got = self.client.completions.create(model=self.model, prompt=prompt, **_given(max_tokens, temperature), **more)
         return self._answer(got, lambda c: c.text, start)
 
     def chat(self,
         messages,             # [{"role": "user", "content": …}, …], or what the user says
-        max_tokens:int=16,
-        temperature:float=0.,
+        max_tokens:int|None=16,
+        temperature:float|None=0.,
         **more,               # as in `complete`
     )->Answer:
         "Continue a conversation."
         start, turns = time.perf_counter(), [dict(role="user", content=messages)] if isinstance(messages, str) else messages
-        with told(self): got = self.client.chat.completions.create(model=self.model, messages=turns, max_tokens=max_tokens, temperature=temperature, **more)
+        with told(self): got = self.client.chat.completions.create(model=self.model, messages=turns, **_given(max_tokens, temperature), **more)
         return self._answer(got, lambda c: c.message.content, start)
 
     def stream(self,
         prompt,               # text or token ids for a completion, a list of messages for a chat
-        max_tokens:int=16,
-        temperature:float=0.,
+        max_tokens:int|None=16,
+        temperature:float|None=0.,
         **more,               # as in `complete`
     )->Iterator[str]:         # pieces of text as they come
         "Continue, piece by piece. A stream that breaks off is not taken up again: what came before has been given out."
         chat = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
         ask, what = (self.client.chat.completions, dict(messages=prompt)) if chat else (self.client.completions, dict(prompt=prompt))
         with told(self):
-            for part in ask.create(model=self.model, max_tokens=max_tokens, temperature=temperature, stream=True, **what, **more):
+            for part in ask.create(model=self.model, stream=True, **what, **_given(max_tokens, temperature), **more):
                 if part.choices: yield (part.choices[0].delta.content if chat else part.choices[0].text) or ""
 
     def _answer(self, got, text, start):
@@ -202,6 +206,9 @@ class Endpoint:
         ids = getattr(c, "token_ids", None)
         return Answer(text(c) or "", c.finish_reason, usage.prompt_tokens, usage.completion_tokens, time.perf_counter() - start, ids and tuple(ids))
     def __repr__(self): return f"{self.model} at {self.base_url} (timeout {self.timeout_s:g} s, {self.retries} retries)"
+
+def _given(max_tokens, temperature):
+    return {k: v for k, v in dict(max_tokens=max_tokens, temperature=temperature).items() if v is not None}
 
 # %% ../../nbs/kit/10_serving.ipynb #45a60677
 @contextmanager
@@ -311,11 +318,13 @@ class Load:
         return sum(min(t.latency_ms / 1e3, until - t.due_s) for t in self.timed) / until if until else float(len(self.timed))
     def row(self):
         p = self.percentiles(at=(50, 95)) if self.done else {}
-        return (f"{self.clients} clients" if self.clients else f"{self.rate:g} a second", len(self.timed), sum(self.errors.values()), p.get(50), p.get(95),
+        return (_clients(self.clients) if self.clients else f"{self.rate:g} a second", len(self.timed), sum(self.errors.values()), p.get(50), p.get(95),
                 self.median("ttft_ms"), self.median("tpot_ms"), f"{self.requests_per_s:.2f}", f"{self.tokens_per_s:.1f}")
     def _table(self): return Table(_load_columns, (self.row(),))
     def __repr__(self): return repr(self._table())
     def _repr_html_(self): return self._table()._repr_html_()
+
+def _clients(n): return "1 client" if n == 1 else f"{n} clients"
 
 _load_columns = ("load", "requests", "errors", "latency, p50", "latency, p95", "first token", "per token", "requests/s", "tokens/s")
 
@@ -406,7 +415,7 @@ class Loads(Mapping):
         axes[2].plot(n, [o.requests_per_s for o in self.loads.values()], "o", label="measured")
         for ax, name in zip(axes, ("latency_ms", "ttft_ms", "requests_per_s")):
             if foretold: ax.plot(n, [foretold[k][name] for k in n], "--", color="grey", label="foretold, median" if name.endswith("ms") else "foretold")
-            ax.set(xlabel="clients", ylim=(0, None), xticks=n, ylabel=dict(latency_ms="latency, ms", ttft_ms="first token, ms").get(name, "requests a second"))
+            ax.set(xlabel="clients", ylim=(0, 1.2 * ax.get_ylim()[1]), xticks=n, ylabel=dict(latency_ms="latency, ms", ttft_ms="first token, ms").get(name, "requests a second"))
             ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8)
         return axes
 
@@ -426,7 +435,7 @@ def load_tests(
     "Closed loops of several sizes, one after the other."
     found = {}
     for n in clients:
-        if monitor is not None: monitor.mark(f"{n} clients")
+        if monitor is not None: monitor.mark(_clients(n))
         found[n] = load_test(endpoint, prompts, n, max(least, per_client * n), **options)
     return Loads(found)
 
