@@ -379,8 +379,8 @@ def weights(folder, *, n):
 def recipes(s): return [(weights, dict(n=1))]
 ''')
     write_notebook(course, "01_demo/01_one.ipynb", "#| default_exp demo.one\n1")
-    code = ("import sys; from pathlib import Path; from llmlab.lab import runner, progress\n"
-        f"done = runner.run((), 'smoke', folder=Path({str(course)!r}), out=Path({str(tmp_path/'runs')!r}), package={package.parent.name!r}, show=progress.Lines())\n"
+    code = ("import sys; from pathlib import Path; from llmlab.lab import runner\n"
+        f"done = runner.run((), 'smoke', folder=Path({str(course)!r}), out=Path({str(tmp_path/'runs')!r}), package={package.parent.name!r})\n"
         "sys.exit(done.exit_status)")
     how = dict(env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path/"lib"), *sys.path]), "LLMLAB_TEST": mark}, text=True)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, preexec_fn=heard, **how)

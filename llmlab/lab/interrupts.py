@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['asked', 'interruptible']
 
-# %% ../../nbs/lab/00_interrupts.ipynb #e919c41e
+# %% ../../nbs/lab/00_interrupts.ipynb #c75ccab3
 import signal, threading
 from contextlib import contextmanager
 
-# %% ../../nbs/lab/00_interrupts.ipynb #fe2e2fb5
+# %% ../../nbs/lab/00_interrupts.ipynb #8a1c3ed5
 _state = dict(asked=False)
 
 class _Once:
