@@ -41,12 +41,13 @@ def course(tmp_path): return tmp_path/"nbs"
 
 @pytest.fixture
 def go(course, tmp_path):
-    "Run the fake course under smoke."
-    return lambda *names, **how: runner.run(names, "smoke", folder=course, out=tmp_path/"runs", **how)
+    "Run the fake course under smoke, one notebook after another."
+    return lambda *names, **how: runner.run(names, "smoke", folder=course, out=tmp_path/"runs", **{"jobs": 1, **how})
 
 
 def command(course, out, *more):
-    return [sys.executable, "-c", "from llmlab.lab.cli import main; main()", "run", "--profile", "smoke", "--notebooks", str(course), "--out", str(out), *more]
+    return [sys.executable, "-c", "from llmlab.lab.cli import main; main()", "run", "--profile", "smoke", "--jobs", "1",
+        "--notebooks", str(course), "--out", str(out), *more]
 
 
 def family(mark):
@@ -164,6 +165,51 @@ def test_run_and_resume(course, go, tmp_path):
     verdict = json.loads((first.folder/"verdict.json").read_text())
     assert verdict["verdict"] == "held" and verdict["exit_status"] == 0 and [n["status"] for n in verdict["notebooks"]] == ["ok", "ok"]
     assert not list(first.folder.rglob(".*")), "nothing half-written is left"
+
+
+def test_editing_one_notebook_keeps_the_others(course, go, tmp_path):
+    "A new run with the new inputs; what has not changed is copied from the newest whole result, wherever it is."
+    counter, rows = tmp_path/"counter", json.dumps(dict(id="a", notebook="demo/one", written=1, variant="v"))
+    count = f"open({str(counter)!r}, 'a').write('1')\nopen('rows.jsonl', 'w').write({rows!r} + chr(10))"
+    write_notebook(course, "01_demo/01_one.ipynb", count)
+    write_notebook(course, "01_demo/02_two.ipynb", "2")
+    first = go()
+    write_notebook(course, "01_demo/02_two.ipynb", "2 + 2")
+    second = go()
+    assert second.folder != first.folder and [(r.status, r.kept, r.run) for r in second.results] == [("ok", True, first.name), ("ok", False, "")]
+    assert counter.read_text() == "1" and second.rows == first.rows and second.rows
+    assert (second.folder/"demo__one"/"notebook.html").read_bytes() == (first.folder/"demo__one"/"notebook.html").read_bytes()
+    assert [r.run for r in read_run(second.folder).results] == [first.name, ""], "the report says later, too, where it comes from"
+    write_notebook(course, "01_demo/03_three.ipynb", "3")
+    third = go()
+    assert [(r.kept, r.run) for r in third.results] == [(True, first.name), (True, second.name), (False, "")]
+    alone = go("demo/one")
+    assert [r.kept for r in alone.results] == [True] and counter.read_text() == "1"
+    assert [r.kept for r in go("demo/one", fresh=True).results] == [False] and counter.read_text() == "11"
+
+
+def test_a_kept_notebook_whose_rows_were_cut_runs_again(course, go):
+    rows = [dict(id=i, notebook="demo/one", written=1, variant=i) for i in "ab"]
+    write = f"import json\nopen('rows.jsonl', 'w').write(''.join(json.dumps(r) + chr(10) for r in {rows!r}))"
+    write_notebook(course, "01_demo/01_one.ipynb", write)
+    first = go()
+    file = first.folder/"demo__one"/"rows.jsonl"
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-30]), lambda: file.write_bytes(b""), file.unlink, (file.parent/"notebook.html").unlink):
+        damage()
+        again = go()
+        assert again.folder == first.folder and [r.kept for r in again.results] == [False] and len(again.rows) == 2
+        assert [r.kept for r in go().results] == [True]
+    file.unlink()
+    write_notebook(course, "01_demo/02_two.ipynb", "2")
+    assert [r.kept for r in go().results] == [False, False], "nor is it taken from there"
+
+
+def test_what_a_notebook_reaches():
+    found = plans.reached("from llmlab.kit import ledger\nimport json, llmlab.nothing")
+    assert {"llmlab", "llmlab.kit", "llmlab.kit.ledger", "llmlab.kit.stats", "llmlab.kit.settings"} <= set(found)
+    assert not any(o.startswith(("llmlab.lab", "llmlab.selection")) for o in found)
+    assert "llmlab.kit.data" in plans.reached("1", "selection.candidates"), "what its own module imports, in functions also"
+    assert not plans.reached("1") and plans.reached("%magic").keys() > found.keys()
 
 
 def claim(verdict):
@@ -431,6 +477,12 @@ def test_two_runs_at_once(course, tmp_path):
     said = [p.communicate(timeout=90)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert len(list((tmp_path/"runs").glob("*/verdict.json"))) == 2
+
+
+def test_how_many_side_by_side(course):
+    write_notebook(course, "01_demo/01_one.ipynb", "1")
+    jobs = lambda profile, jobs=None: plans.plan((), profile, folder=course, jobs=jobs).jobs
+    assert jobs("smoke") == min(2, os.cpu_count()) and jobs("tiny") == jobs("thorough") == 1 and jobs("tiny", 3) == 3 and jobs("smoke", 1) == 1
 
 
 def test_side_by_side(course, go):

@@ -357,3 +357,19 @@ def test_nothing_heavy_is_imported():
     code = "import sys, llmlab.kit.pictures, llmlab.kit.claims; print([m for m in ('numpy', 'scipy', 'pandas', 'matplotlib', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     assert stats.__doc__
+
+
+def test_what_is_shown_as_its_table():
+    from dataclasses import dataclass
+    class One:
+        def _table(self): return stats.Table(("a",), ((1,),))
+    @dataclass(frozen=True)
+    class Record(One, stats.Shown):
+        x: int = 1
+    class Many(stats.Shown, dict):
+        _table = One._table
+    class Own(stats.Shown, list):
+        def __repr__(self): return "own"
+    table = One()._table()
+    for o in (Record(), Many(a=1)): assert repr(o) == str(o) == repr(table) and o._repr_html_() == table._repr_html_()
+    assert repr(Own()) == "own" and Record() == Record(1)

@@ -6,8 +6,7 @@
 __all__ = ['Worker', 'work', 'history', 'open_run', 'with_recipes', 'Quiet', 'run']
 
 # %% ../../nbs/lab/06_runner.ipynb #aa86e895
-import json, os, queue, subprocess, sys, threading, time, uuid
-from collections import deque
+import hashlib, json, os, queue, shutil, subprocess, sys, threading, time, uuid
 from importlib.util import find_spec
 from pathlib import Path
 from ..kit.settings import LabError, Settings, Unavailable, home, revision, runs
@@ -58,20 +57,20 @@ def _result(status, name, said, seconds=None, source=""):
     return dict(status=status, seconds=seconds, error=dict(cell=None, name=name, value=said, source=source, traceback=""))
 
 def work(
-    jobs:list[dict],    # each with id, do, mark, and limit_s for those that have a limit
+    jobs:list[dict],    # each with id, do, mark, and limit_s for those that have a limit; `tell` may append more
     make,               # called with (events, number), gives a Worker
     n:int,              # workers side by side
     tell,               # called with (job, event) for each event, and ({}, {}) a few times a second
     grace_s:float=20.,  # beyond a job's limit, until its worker is ended from outside
 ):
     "Do all jobs. A worker that dies or hangs costs its job, not the run."
-    events, waiting, workers, made = queue.Queue(), deque(jobs), [], 0
+    events, begun, workers, made = queue.Queue(), 0, [], 0
     try:
-        while waiting or any(w.job for w in workers):
-            while waiting and (free := next((w for w in workers if not w.job), None) or (len(workers) < n)):
+        while begun < len(jobs) or any(w.job for w in workers):
+            while begun < len(jobs) and (free := next((w for w in workers if not w.job), None) or (len(workers) < n)):
                 if free is True:
                     free = make(events, made); made += 1; workers.append(free)
-                job = waiting.popleft()
+                job, begun = jobs[begun], begun + 1
                 tell(job, dict(event="begin"))
                 free.give(job)
             if asked(): raise KeyboardInterrupt
@@ -176,35 +175,33 @@ def _make_artefacts(p, todo, folder, mark, log, show, package):
             wanted[item.notebook.name] = dict(do="recipes", id=item.notebook.name, mark=f"{mark}/r-{len(wanted)}", module=module, profile=p.profile,
                 settings={"device": p.device, **{k: v for k, v in item.parameters.items() if k in allowed and v not in (None, "", "auto")}})
     if not wanted: return failed
-    make = lambda events, i: Worker(events, log, f"{mark}/m{i}", folder, threads=1)
-    n = max(1, min(os.cpu_count() or 1, 16))
-    def listed(job, event):
+    jobs, done = list(wanted.values()), []
+    def listed(job, r):
+        if r["status"] != "ok": failed[job["id"]] = r
+        for o in r.get("recipes", ()):
+            if o["key"] not in tasks:
+                tasks[o["key"]] = dict(wanted[job["id"]], do="build", id=o["key"], index=o["index"], for_=[], recipe=f"{o['name']} {o['arguments']}".strip(),
+                    mark=f"{mark}/b-{o['key']}")
+                jobs.append(tasks[o["key"]])
+            tasks[o["key"]]["for_"].append(job["id"])
+    def built(job, r):
+        done.append(job["id"])
+        show.recipe(job["recipe"], "failed" if r["status"] != "ok" else "made" if r["built"] else "there", len(done), len(tasks), r.get("seconds"))
+        if r["status"] != "ok": r["error"]["value"] = f"{job['recipe']} could not be made: {r['error']['value']}"
+    def tell(job, event):
+        if event.get("event") == "begin" and job["do"] == "build": show.recipe(job["recipe"], "begin", len(done), len(tasks))
         if event.get("event") == "done":
-            if (r := event["result"])["status"] != "ok": failed[job["id"]] = r
-            for o in r.get("recipes", ()):
-                task = tasks.setdefault(o["key"], dict(wanted[job["id"]], do="build", id=o["key"], index=o["index"], for_=[],
-                    recipe=f"{o['name']} {o['arguments']}".strip(), mark=f"{mark}/b-{o['key']}"))
-                task["for_"].append(job["id"])
+            (built if job["do"] == "build" else listed)(job, event["result"])
+            if job["do"] == "build" and event["result"]["status"] != "ok": broken.append((job, event["result"]))
         show.tick()
+    broken = []
     show.phase(f"looking for what {len(wanted)} notebook{'s need' if len(wanted) > 1 else ' needs'}")
-    work(list(wanted.values()), make, min(n, len(wanted)), listed)
-    done = []
-    def built(job, event):
-        if event.get("event") == "begin": show.recipe(job["recipe"], "begin", len(done), len(tasks))
-        if event.get("event") == "done":
-            done.append(job["id"])
-            r = event["result"]
-            show.recipe(job["recipe"], "failed" if r["status"] != "ok" else "made" if r["built"] else "there", len(done), len(tasks), r.get("seconds"))
-            if r["status"] != "ok":
-                r["error"]["value"] = f"{job['recipe']} could not be made: {r['error']['value']}"
-                for name in job["for_"]: failed[name] = r
-        show.tick()
-    if tasks: work(list(tasks.values()), make, min(n, len(tasks)), built)
+    work(jobs, lambda events, i: Worker(events, log, f"{mark}/m{i}", folder, threads=1), max(1, min(os.cpu_count() or 1, 16)), tell)
+    for job, r in broken: failed |= dict.fromkeys(job["for_"], r)  # now that all have said what they need
     return failed
 
 def _clear(folder):
     "Remove what an attempt that did not finish left in a notebook's folder."
-    import shutil
     shutil.rmtree(folder, ignore_errors=True)
 
 def _settle(result, r, folder):
@@ -217,7 +214,13 @@ def _settle(result, r, folder):
     elif result.error and result.error.get("cell"): result.cell = result.error["cell"]
     if result.status == "timeout" and result.error:
         result.error["value"] = f"it took longer than its budget of {result.budget_s:.0f} s. On a slow machine: `--budget 2`"
+    result.files = _hashes(folder)
     write_json(folder/"result.json", result.to_dict())
+
+def _hashes(folder):
+    "Of what a notebook measured and claimed."
+    files = [folder/o for o in ("rows.jsonl", "claims.jsonl")]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files if f.is_file()}
 
 def _execute(p, todo, results, folder, mark, log, show):
     "Phase 2."
@@ -256,7 +259,7 @@ def run(
     profile:str="tiny",         # a section of settings.ini
     device:str="auto",          # cpu, cuda, mps or auto
     parameters:dict|None=None,  # name -> value
-    jobs:int=1,                 # notebooks side by side; more than one disturbs timings
+    jobs:int|None=None,         # notebooks side by side, see `plan`; more than one disturbs timings
     fresh:bool=False,           # do not go on with an earlier run
     budget:float=1.,            # factor on every budget
     folder:Path|None=None,      # where the chapters are
@@ -270,29 +273,47 @@ def run(
     p = plan(names, profile, device, parameters, folder, jobs, budget)
     with interruptible():
         where, lock, again = open_run(p, root, fresh)
-        try: return _run(p, where, again, show, package, report)
+        try: return _run(p, where, again, fresh, show, package, report)
         finally:
             lock.release()
             (where/".lock").unlink(missing_ok=True)
 
-def _kept(p, where):
-    "The results of a run that need not be made again, and new ones for the others."
-    old = {r.notebook: r for r in read_run(where).results}
-    results = {}
+def _whole(result, inputs, folder):
+    "Whether a notebook with these inputs ran to its end in this run's folder, and all that it wrote is still there as it was."
+    if not result or result.inputs != inputs or result.status not in FINISHED: return False
+    here = folder/result.slug
+    return all((here/f).is_file() for f in ("notebook.ipynb", "notebook.html")) and result.files in ({}, _hashes(here))
+
+def _adopt(result, there, where):
+    "Copy a notebook's results from another run; result.json last, so that half a copy is none."
+    shutil.rmtree(where/result.slug, ignore_errors=True)
+    try: shutil.copytree(there/result.slug, where/result.slug, ignore=shutil.ignore_patterns("result.json", ".*"))
+    except (OSError, shutil.Error): return False
+    result.run = result.run or there.name
+    if not _whole(result, result.inputs, where): return False
+    write_json(where/result.slug/"result.json", result.to_dict())
+    return True
+
+def _kept(p, where, fresh):
+    "The results that need not be made again, of this run or of earlier ones, and new ones for the other notebooks."
+    runs_of, results = {where: {r.notebook: r for r in read_run(where).results}}, {}
+    for folder in () if fresh else reversed(find_runs(where.parent)):
+        try: runs_of.setdefault(folder, {r.notebook: r for r in read_run(folder).results})
+        except LabError: continue
     for i in p.items:
-        r = old.get(i.notebook.name)
-        whole = r and r.inputs == i.inputs and r.status in FINISHED and all((where/r.slug/f).is_file() for f in ("notebook.ipynb", "notebook.html"))
-        results[i.notebook.name] = r if whole else _waiting(i)
-        results[i.notebook.name].kept = bool(whole)
+        n = i.notebook.name
+        found = ((old[n], f) for f, old in runs_of.items() if _whole(old.get(n), i.inputs, f))
+        results[n] = next((r for r, f in found if f == where or _adopt(r, f, where)), None) or _waiting(i)
+        results[n].kept = results[n].status != "waiting"
     return results
 
-def _run(p, where, again, show, package, report):
+def _run(p, where, again, fresh, show, package, report):
     info, mark = _first_entry(p), f"{where.name}-{uuid.uuid4().hex[:8]}"
     if again:
         try: info["started"] = json.loads((where/"run.json").read_text("utf-8"))["started"]
         except (OSError, ValueError, KeyError): pass
     write_json(where/"run.json", info)
-    results = _kept(p, where)
+    results = _kept(p, where, fresh)
     def leave():
         end_marked(mark, family=True)
         for half in (*where.glob("*/.partial.ipynb"), *where.rglob(".aside-*")): half.unlink(missing_ok=True)
