@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmlab.kit import stats
 from llmlab.kit.settings import UsageError
-from llmlab.kit.stats import (Estimate, Table, Test, difference, estimate, exact, mcnemar, median_interval, minimum_detectable_effect, ratio,
+from llmlab.kit.stats import (Estimate, Shown, Table, Test, difference, estimate, exact, mcnemar, median_interval, minimum_detectable_effect, ratio,
                               sample_size, sample_size_mcnemar, two_proportions, wilson, written)
 
 few = settings(max_examples=30, deadline=None)
@@ -362,13 +362,13 @@ def test_nothing_heavy_is_imported():
 def test_what_is_shown_as_its_table():
     from dataclasses import dataclass
     class One:
-        def _table(self): return stats.Table(("a",), ((1,),))
+        def _table(self): return Table(("a",), ((1,),))
     @dataclass(frozen=True)
-    class Record(One, stats.Shown):
+    class Record(One, Shown):
         x: int = 1
-    class Many(stats.Shown, dict):
+    class Many(Shown, dict):
         _table = One._table
-    class Own(stats.Shown, list):
+    class Own(Shown, list):
         def __repr__(self): return "own"
     table = One()._table()
     for o in (Record(), Many(a=1)): assert repr(o) == str(o) == repr(table) and o._repr_html_() == table._repr_html_()

@@ -226,7 +226,7 @@ def _execute(p, todo, results, folder, mark, log, show):
     "Phase 2."
     threads = max(1, (os.cpu_count() or 1) // p.jobs) if p.jobs > 1 else None
     jobs = []
-    for item in todo:
+    for item in sorted(todo, key=lambda o: -o.budget_s) if p.jobs > 1 else todo:  # side by side, the longest first
         r = results[item.notebook.name]
         _clear(folder/r.slug)
         jobs.append(dict(do="notebook", id=r.notebook, name=r.notebook, mark=f"{mark}/n-{r.slug}", path=str(item.notebook.path),
