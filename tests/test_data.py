@@ -312,7 +312,7 @@ def test_a_hub_that_answers_badly(tmp_path, answer):
 
 
 @pytest.mark.parametrize("fault, said", [("hash", "Damaged 4.*other bytes than the hub announced: test.csv, train.csv"),
-    ((404, "/resolve/"), "Unavailable 4")])
+    ((404, "/resolve/"), "Unavailable 4"), ((503, "/resolve/"), "Unavailable 4.*503")])
 def test_a_hub_that_knows_the_data_and_sends_other_bytes_or_none(tmp_path, monkeypatch, fault, said):
     for o in ("HF_HOME", "HF_HUB_CACHE"): monkeypatch.delenv(o, raising=False)
     table = b"text,label\n" + b"".join(b"text number %d,%d\n" % (i, i % 2) for i in range(60))

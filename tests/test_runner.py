@@ -41,12 +41,13 @@ def course(tmp_path): return tmp_path/"nbs"
 
 @pytest.fixture
 def go(course, tmp_path):
-    "Run the fake course under smoke."
-    return lambda *names, **how: runner.run(names, "smoke", folder=course, out=tmp_path/"runs", **how)
+    "Run the fake course under smoke, one notebook after another."
+    return lambda *names, **how: runner.run(names, "smoke", folder=course, out=tmp_path/"runs", **{"jobs": 1, **how})
 
 
 def command(course, out, *more):
-    return [sys.executable, "-c", "from llmlab.lab.cli import main; main()", "run", "--profile", "smoke", "--notebooks", str(course), "--out", str(out), *more]
+    return [sys.executable, "-c", "from llmlab.lab.cli import main; main()", "run", "--profile", "smoke", "--jobs", "1",
+        "--notebooks", str(course), "--out", str(out), *more]
 
 
 def family(mark):
@@ -166,6 +167,51 @@ def test_run_and_resume(course, go, tmp_path):
     assert not list(first.folder.rglob(".*")), "nothing half-written is left"
 
 
+def test_editing_one_notebook_keeps_the_others(course, go, tmp_path):
+    "A new run with the new inputs; what has not changed is copied from the newest whole result, wherever it is."
+    counter, rows = tmp_path/"counter", json.dumps(dict(id="a", notebook="demo/one", written=1, variant="v"))
+    count = f"open({str(counter)!r}, 'a').write('1')\nopen('rows.jsonl', 'w').write({rows!r} + chr(10))"
+    write_notebook(course, "01_demo/01_one.ipynb", count)
+    write_notebook(course, "01_demo/02_two.ipynb", "2")
+    first = go()
+    write_notebook(course, "01_demo/02_two.ipynb", "2 + 2")
+    second = go()
+    assert second.folder != first.folder and [(r.status, r.kept, r.run) for r in second.results] == [("ok", True, first.name), ("ok", False, "")]
+    assert counter.read_text() == "1" and second.rows == first.rows and second.rows
+    assert (second.folder/"demo__one"/"notebook.html").read_bytes() == (first.folder/"demo__one"/"notebook.html").read_bytes()
+    assert [r.run for r in read_run(second.folder).results] == [first.name, ""], "the report says later, too, where it comes from"
+    write_notebook(course, "01_demo/03_three.ipynb", "3")
+    third = go()
+    assert [(r.kept, r.run) for r in third.results] == [(True, first.name), (True, second.name), (False, "")]
+    alone = go("demo/one")
+    assert [r.kept for r in alone.results] == [True] and counter.read_text() == "1"
+    assert [r.kept for r in go("demo/one", fresh=True).results] == [False] and counter.read_text() == "11"
+
+
+def test_a_kept_notebook_whose_rows_were_cut_runs_again(course, go):
+    rows = [dict(id=i, notebook="demo/one", written=1, variant=i) for i in "ab"]
+    write = f"import json\nopen('rows.jsonl', 'w').write(''.join(json.dumps(r) + chr(10) for r in {rows!r}))"
+    write_notebook(course, "01_demo/01_one.ipynb", write)
+    first = go()
+    file = first.folder/"demo__one"/"rows.jsonl"
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-30]), lambda: file.write_bytes(b""), file.unlink, (file.parent/"notebook.html").unlink):
+        damage()
+        again = go()
+        assert again.folder == first.folder and [r.kept for r in again.results] == [False] and len(again.rows) == 2
+        assert [r.kept for r in go().results] == [True]
+    file.unlink()
+    write_notebook(course, "01_demo/02_two.ipynb", "2")
+    assert [r.kept for r in go().results] == [False, False], "nor is it taken from there"
+
+
+def test_what_a_notebook_reaches():
+    found = plans.reached("from llmlab.kit import ledger\nimport json, llmlab.nothing")
+    assert {"llmlab", "llmlab.kit", "llmlab.kit.ledger", "llmlab.kit.stats", "llmlab.kit.settings"} <= set(found)
+    assert not any(o.startswith(("llmlab.lab", "llmlab.selection")) for o in found)
+    assert "llmlab.kit.data" in plans.reached("1", "selection.candidates"), "what its own module imports, in functions also"
+    assert not plans.reached("1") and plans.reached("%magic").keys() > found.keys()
+
+
 def claim(verdict):
     return dict(id=verdict, notebook="demo/one", text=f"a claim that is {verdict}, <&\"\x00", verdict=verdict, value=dict(value=1.5), at_most=1, reason="so")
 
@@ -265,6 +311,74 @@ def recipes(s): return [(weights, dict(n=1)), (weights, dict(n=s.seed))]
 
 # interrupted
 
+def heard():
+    "In a child: signals do what they do in a terminal, even if these tests run in the background of a script, where SIGINT is ignored."
+    for o in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(o, signal.SIG_DFL)
+
+
+# In each of many forks the command runs with its signals coming at every call of the lab's functions from the n-th on, and while the interpreter closes.
+STORM = """
+import atexit, json, os, signal, sys
+from llmlab.lab import cli, compare, engine, plan, progress, report, results, runner
+forks, number = int(sys.argv[1]), signal.SIGINT
+sys.argv = ["llmlab", *sys.argv[2:]]
+hit = lambda: os.kill(os.getpid(), number)
+
+class Last:
+    def __del__(self, hit=hit): hit()
+
+def counted(first):
+    calls, before = [0], signal.getsignal(signal.SIGINT)
+    def hook(frame, event, arg):
+        if event in ("call", "return") and "/llmlab/lab/" in frame.f_code.co_filename:
+            calls[0] += bool(calls[0]) or signal.getsignal(signal.SIGINT) is not before  # from when the handlers are there
+            if first is not None and calls[0] >= first: hit()
+    sys.setprofile(hook)
+    return calls
+
+def child(first):
+    pid = os.fork()
+    if pid: return os.waitpid(pid, 0)[1]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if first is None:
+        calls = counted(None)
+        try: cli.main()
+        except SystemExit as e: ended = e.code
+        sys.setprofile(None)
+        with open("calls", "w") as f: f.write(f"{calls[0]} {ended}")
+        os._exit(0)
+    atexit.register(hit)
+    sys.modules["last"] = Last()
+    counted(first)
+    cli.main()
+
+child(None)
+total, ended = map(int, open("calls").read().split())
+found = []
+for i in range(forks):
+    first, number = 1 + i * (total - 1) // (forks - 1), (signal.SIGINT, signal.SIGTERM)[i % 2]
+    found.append((first, child(first)))
+statuses = [os.WEXITSTATUS(o) if os.WIFEXITED(o) else -os.WTERMSIG(o) for _, o in found]
+print(json.dumps(dict(total=total, ended=ended, statuses=statuses, late=child(10 * total))))
+"""
+
+
+def test_a_signal_at_any_moment_ends_in_130(course, tmp_path):
+    "Every stage of a run whose notebooks are kept, from the first lines of `main` to the closing of the interpreter."
+    write_notebook(course, "01_demo/01_one.ipynb", "1")
+    assert subprocess.run(command(course, tmp_path/"runs"), capture_output=True).returncode == 0
+    arguments = command(course, tmp_path/"runs")[3:]
+    done = subprocess.run([sys.executable, "-c", STORM, "16", *arguments], capture_output=True, text=True, cwd=tmp_path, preexec_fn=heard)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["total"] > 500 and found["ended"] == found["late"] == 0
+    # 0 where it came after the last step, or where Python itself swallowed the exception (in a generator that is being closed) and the run was done
+    assert set(found["statuses"]) <= {0, 130} and found["statuses"].count(0) <= 4 and 0 not in found["statuses"][:8], found
+    assert not list((tmp_path/"runs").rglob(".aside*"))
+    again = subprocess.run(command(course, tmp_path/"runs"), capture_output=True, text=True)
+    assert again.returncode == 0 and "1 kept" in again.stdout and len(list((tmp_path/"runs").iterdir())) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_no_kernel_and_the_run_goes_on_later(course, tmp_path, number):
     flag, begun, mark = tmp_path/"flag", tmp_path/"begun", uuid.uuid4().hex
@@ -273,12 +387,13 @@ def test_a_signal_leaves_no_kernel_and_the_run_goes_on_later(course, tmp_path, n
 if not pathlib.Path({str(flag)!r}).exists():
     subprocess.Popen(["sleep", "600"], start_new_session=True)
     pathlib.Path({str(begun)!r}).touch(); time.sleep(600)""")
-    process = subprocess.Popen(command(course, tmp_path/"runs"), env={**os.environ, "LLMLAB_TEST": mark}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(course, tmp_path/"runs"), env={**os.environ, "LLMLAB_TEST": mark}, stdout=subprocess.PIPE, text=True,
+        preexec_fn=heard)
     wait_for(begun.exists)
     assert len(family(mark)) >= 4
-    process.send_signal(number)
-    time.sleep(.1)
-    process.send_signal(number)
+    while process.poll() is None:  # an impatient reader: every millisecond, to the very end
+        process.send_signal(number)
+        time.sleep(.001)
     said = process.communicate(timeout=40)[0]
     assert process.returncode == 130 and "no kernel is left" in said
     assert not family(mark)
@@ -288,6 +403,45 @@ if not pathlib.Path({str(flag)!r}).exists():
     flag.touch()
     again = subprocess.run(command(course, tmp_path/"runs"), capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and "1 kept" in again.stdout
+
+
+def test_a_signal_while_artefacts_are_made(course, tmp_path, monkeypatch, fresh_home):
+    "Nothing is left running, the half-made artefact is not taken for a whole one, and the same command makes it."
+    package, mark = tmp_path/"lib"/f"course_{uuid.uuid4().hex[:8]}"/"demo", uuid.uuid4().hex
+    package.mkdir(parents=True)
+    for o in (package, package.parent): (o/"__init__.py").touch()
+    flag, begun, made = tmp_path/"flag", tmp_path/"begun", tmp_path/"made"
+    (package/"one.py").write_text(f'''
+import pathlib, subprocess, time
+from llmlab.kit.store import recipe
+@recipe(version=1)
+def weights(folder, *, n):
+    (folder/"half.txt").write_text("half")
+    if not pathlib.Path({str(flag)!r}).exists():
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+        pathlib.Path({str(begun)!r}).touch(); time.sleep(600)
+    (folder/"w.txt").write_text("w")
+    open({str(made)!r}, "a").write(f"{{n}} ")
+def recipes(s): return [(weights, dict(n=1))]
+''')
+    write_notebook(course, "01_demo/01_one.ipynb", "#| default_exp demo.one\n1")
+    code = ("import sys; from pathlib import Path; from llmlab.lab import runner\n"
+        f"done = runner.run((), 'smoke', folder=Path({str(course)!r}), out=Path({str(tmp_path/'runs')!r}), package={package.parent.name!r})\n"
+        "sys.exit(done.exit_status)")
+    how = dict(env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path/"lib"), *sys.path]), "LLMLAB_TEST": mark}, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, preexec_fn=heard, **how)
+    wait_for(begun.exists)
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(.01)
+    process.communicate(timeout=40)
+    assert process.returncode == 130 and not family(mark) and not made.exists()
+    from llmlab.kit.store import artefacts
+    assert not artefacts() and read_run(find_run("latest", tmp_path/"runs")).verdict == "interrupted"
+    flag.touch()
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, **how)
+    assert again.returncode == 0 and made.read_text() == "1 " and len(artefacts()) == 1, again.stdout + again.stderr
+    assert not list((fresh_home/"store"/".aside").glob("*")) and len(list((tmp_path/"runs").iterdir())) == 1
 
 
 def test_a_killed_command_takes_its_kernels_along(course, tmp_path):
@@ -323,6 +477,12 @@ def test_two_runs_at_once(course, tmp_path):
     said = [p.communicate(timeout=90)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert len(list((tmp_path/"runs").glob("*/verdict.json"))) == 2
+
+
+def test_how_many_side_by_side(course):
+    write_notebook(course, "01_demo/01_one.ipynb", "1")
+    jobs = lambda profile, jobs=None: plans.plan((), profile, folder=course, jobs=jobs).jobs
+    assert jobs("smoke") == min(2, os.cpu_count()) and jobs("tiny") == jobs("thorough") == 1 and jobs("tiny", 3) == 3 and jobs("smoke", 1) == 1
 
 
 def test_side_by_side(course, go):
@@ -389,12 +549,44 @@ def test_a_checkout_on_a_read_only_file_system(top, course, tmp_path):
 
 def test_signals_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    with runner.interruptible(): assert signal.getsignal(signal.SIGTERM) is not before
+    with runner.interruptible():
+        assert (ours := signal.getsignal(signal.SIGTERM)) is not before
+        with runner.interruptible(): pass
+        assert signal.getsignal(signal.SIGTERM) is ours, "a block in another adds nothing"
     assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(KeyboardInterrupt), runner.interruptible():
+        try: signal.raise_signal(signal.SIGTERM)
+        finally:
+            with runner.interruptible(): signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before and not runner.asked()
     inside = []
     thread = threading.Thread(target=lambda: [inside.append(1) for _ in [0] if runner.interruptible().__enter__() is None])
     thread.start(); thread.join()
     assert inside
+
+
+def test_what_is_ignored_stays_ignored():
+    "As under nohup, or in the background of a script."
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runner.interruptible():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally: signal.signal(signal.SIGHUP, before)
+
+
+def test_an_exception_that_a_library_swallows_is_raised_again():
+    with runner.interruptible():
+        try: signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt: pass
+        with pytest.raises(KeyboardInterrupt): runner.work([dict(id=1, mark="nobody")], lambda events, i: FakeWorker(), 1, lambda job, event: None)
+
+
+class FakeWorker:
+    "A worker that never answers."
+    job = None
+    def give(self, job): self.job, self.started = job, time.monotonic()
+    def close(self): pass
 
 
 def test_merging_does_not_depend_on_the_order():

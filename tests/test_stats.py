@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmlab.kit import stats
 from llmlab.kit.settings import UsageError
-from llmlab.kit.stats import (Estimate, Table, Test, difference, estimate, exact, mcnemar, median_interval, minimum_detectable_effect, ratio,
+from llmlab.kit.stats import (Estimate, Shown, Table, Test, difference, estimate, exact, mcnemar, median_interval, minimum_detectable_effect, ratio,
                               sample_size, sample_size_mcnemar, two_proportions, wilson, written)
 
 few = settings(max_examples=30, deadline=None)
@@ -357,3 +357,19 @@ def test_nothing_heavy_is_imported():
     code = "import sys, llmlab.kit.pictures, llmlab.kit.claims; print([m for m in ('numpy', 'scipy', 'pandas', 'matplotlib', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     assert stats.__doc__
+
+
+def test_what_is_shown_as_its_table():
+    from dataclasses import dataclass
+    class One:
+        def _table(self): return Table(("a",), ((1,),))
+    @dataclass(frozen=True)
+    class Record(One, Shown):
+        x: int = 1
+    class Many(Shown, dict):
+        _table = One._table
+    class Own(Shown, list):
+        def __repr__(self): return "own"
+    table = One()._table()
+    for o in (Record(), Many(a=1)): assert repr(o) == str(o) == repr(table) and o._repr_html_() == table._repr_html_()
+    assert repr(Own()) == "own" and Record() == Record(1)

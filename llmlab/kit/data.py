@@ -6,7 +6,7 @@
 __all__ = ['names', 'load', 'fingerprint', 'origin', 'DataCard', 'card', 'Leak', 'bag_of_words', 'leak']
 
 # %% ../../nbs/kit/03_data.ipynb #37f9ca56
-import csv, hashlib, json, os, re, shutil
+import csv, hashlib, json, os, re, shutil, time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,14 +166,28 @@ def _local(path, text, label):
 # %% ../../nbs/kit/03_data.ipynb #e0839e1b
 _SHORT = {"imdb": ("stanfordnlp/imdb", None), "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1")}  # names in the literature, and where they are
 
+def _asked(path, revision):
+    "Ask the hub's API and one file first, and raise what they answer: of a hub that is away the client itself asks for half a minute."
+    from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+    patience = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    info = HfApi().dataset_info(path, revision=revision or None, timeout=patience)
+    if not getattr(info, "siblings", None): return
+    url = hf_hub_url(path, info.siblings[0].rfilename, repo_type="dataset", revision=info.sha)
+    for wait in (.5, 1, None):
+        answer = get_session().head(url, headers=build_hf_headers(), timeout=patience)
+        if answer.status_code < 500: return
+        if wait: time.sleep(wait)
+    hf_raise_for_status(answer)
+
 def _fetched(path, config, revision):
-    "The data set as the hub has it, else as an earlier visit left it. One question first: of a hub that is away the client asks for half a minute."
+    "The data set as the hub has it, else as an earlier visit left it."
     from unittest.mock import patch
     d = _datasets()
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
     options = dict(revision=revision or None, cache_dir=str(home()/"hub"/"datasets"))
     with patch.object(constants, "HF_HUB_CACHE", str(_downloads())):  # whatever was imported before
-        try: HfApi().dataset_info(path, revision=revision or None, timeout=float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
+        try: _asked(path, revision)
         except Exception as away:
             try:
                 with patch.object(d.config, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_OFFLINE", True):
@@ -232,7 +246,7 @@ def _hub(name, text, label):
 
 # %% ../../nbs/kit/03_data.ipynb #d3a6b3ed
 @dataclass(frozen=True)
-class DataCard:
+class DataCard(stats.Shown):
     "What is in a data set."
     name: str
     hash: str                 # `fingerprint`
@@ -255,8 +269,6 @@ class DataCard:
     def _totals(self): return dict(sorted(sum((Counter(c) for c in self.classes.values()), Counter()).items()))
     def _largest(self): return max(self.classes[self._last()].values()) / sum(self.classes[self._last()].values())
     def _table(self): return stats.Table(("data card", self.name), tuple(self._rows()))
-    def __repr__(self): return repr(self._table())
-    def _repr_html_(self): return self._table()._repr_html_()
     def plot(self,
         axes=None,  # two matplotlib axes; None: new ones
     ):              # them
@@ -301,7 +313,7 @@ def card(
 
 # %% ../../nbs/kit/03_data.ipynb #2e4d1ad1
 @dataclass(frozen=True)
-class Leak:
+class Leak(stats.Shown):
     "The same classifier, tested on modules it has not seen and on rows it has not seen."
     by_module: stats.Estimate  # accuracy, test modules apart
     at_random: stats.Estimate  # accuracy, rows shuffled first
@@ -310,8 +322,6 @@ class Leak:
     def _table(self):
         rows = ("tested on unseen modules", self.by_module), ("tested on unseen rows", self.at_random), ("leak", self.leak)
         return stats.Table(("TF-IDF + logistic regression", "accuracy"), rows)
-    def __repr__(self): return repr(self._table())
-    def _repr_html_(self): return self._table()._repr_html_()
 
 def bag_of_words(
     train,             # Dataset with text and label

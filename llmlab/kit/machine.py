@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from .geometry import dtype_bytes, geometry_of
 from .settings import UsageError, home, replace_file, resolve_device, unknown
-from .stats import Table
+from .stats import Shown, Table
 
 # %% ../../nbs/kit/06_machine.ipynb #6c5b5fe1
 def _read(path):
@@ -217,7 +217,7 @@ _dtypes = ("float32", "bfloat16", "float16", "int8")
 def _many(threads): return "1 thread" if threads == 1 else f"{threads} threads"
 
 @dataclass(frozen=True)
-class Ceilings:
+class Ceilings(Shown):
     "What a device can do at best. Bandwidth depends on the working set, arithmetic on the type."
     device: str
     name: str                    # of the processor or GPU
@@ -270,8 +270,6 @@ class Ceilings:
             f"{self.name}, {self.device}, {_many(self.threads)}, {self.measured}" + (", quick" if self.quick else "")
             + (f". Others used {self.others:.0%} of the machine meanwhile: the true ceilings are higher" if self.busy else ""))
 
-    def __repr__(self): return repr(self._table())
-    def _repr_html_(self): return self._table()._repr_html_()
 
     def plot(self, ax=None):
         "Bandwidth against working set, with the caches that the processor says it has. Returns the axes."
@@ -461,15 +459,13 @@ def _time(seconds):
         if seconds >= size: return f"{seconds/size:.3g} {unit}"
     return f"{seconds*1e9:.3g} ns"
 
-class Forecasts(dict):
+class Forecasts(Shown, dict):
     "Forecasts by name, shown as a table; the first is what the others are compared with."
     def _table(self):
         first = next(iter(self.values()), None)
         return Table(("variant", "predicted", "speed-up", "floor", "bandwidth", "arithmetic", "dispatch", "bound by"),
             [(n, _time(f.seconds), f"{first.seconds/f.seconds:.2f}×" if f.seconds else "", _time(f.floor_seconds), _time(f.bandwidth_seconds),
               _time(f.arithmetic_seconds), _time(f.dispatch_seconds), f.bound) for n, f in self.items()])
-    def __repr__(self): return repr(self._table())
-    def _repr_html_(self): return self._table()._repr_html_()
 
 # %% ../../nbs/kit/06_machine.ipynb #46cc46ca
 def predict(

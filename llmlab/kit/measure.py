@@ -17,7 +17,7 @@ from .footprint import Energy, GpuCounters, Monitor, Peak, energy, fresh_process
 from .machine import (Ceilings, Forecast, Forecasts, Work, ceilings, count_ops, hardware, predict, reader, sample, synchronise, work)
 from .pictures import plain_log
 from .settings import UsageError, unknown
-from .stats import Estimate, Table, estimate, ratio, written
+from .stats import Estimate, Shown, Table, estimate, ratio, written
 
 # %% ../../nbs/kit/06_measure.ipynb #5a8d2d55
 _all_ = ["Ceilings", "Energy", "Forecast", "Forecasts", "GpuCounters", "Monitor", "Peak", "Work", "ceilings", "count_ops", "energy", "fresh_process_peak",
@@ -227,11 +227,9 @@ def throughput(
     times = time_calls(fn, n, warmup, device, "s", clock=clock)
     return estimate([items/t for t in times.samples], unit, "median")
 
-class Percentiles(dict):
+class Percentiles(Shown, dict):
     "Estimates by percentile; shows as a table."
     def _table(self): return Table(("percentile", "value"), tuple((f"p{q:g}", f"{e}") for q, e in self.items()))
-    def __repr__(self): return repr(self._table())
-    def _repr_html_(self): return self._table()._repr_html_()
 
 def percentiles(
     samples,                # numbers, or an `Estimate` that kept its own
@@ -253,7 +251,7 @@ def percentiles(
 
 # %% ../../nbs/kit/06_measure.ipynb #b18499cd
 @dataclass(frozen=True)
-class Generation:
+class Generation(Shown):
     "The times of a stream of tokens, over several runs."
     ttft_ms: Estimate           # to the first token
     tpot_ms: Estimate|None      # for each further one, mean within a run; None where none came
@@ -263,8 +261,6 @@ class Generation:
 
     def _table(self): return Table(("", "median of runs"), (("time to first token", f"{self.ttft_ms}"), ("time per output token", f"{self.tpot_ms}"),
         ("tokens a second", f"{self.tokens_per_s}"), ("tokens", f"{self.n_tokens}")))
-    def __repr__(self): return repr(self._table())
-    def _repr_html_(self): return self._table()._repr_html_()
 
 def _stream_times(stream, device, clock):
     start, at = clock(), []
@@ -291,7 +287,7 @@ def generation_times(
 
 # %% ../../nbs/kit/06_measure.ipynb #8390824e
 @dataclass(frozen=True)
-class Overhead:
+class Overhead(Shown):
     "What the instruments take of what they measure."
     clock_share: float    # of the shortest sample, by reading the clock and calling
     monitor_share: float  # of one core, by a running `Monitor`
@@ -303,8 +299,6 @@ class Overhead:
     def _table(self):
         return Table(("instrument", "share"), (("clock, of the shortest sample", f"{self.clock_share:.2%}"),
             ("monitor, of one core", f"{self.monitor_share:.2%}")))
-    def __repr__(self): return repr(self._table())
-    def _repr_html_(self): return self._table()._repr_html_()
 
 def overhead(
     least_s:float=5e-4,   # shortest sample, as in `compare`

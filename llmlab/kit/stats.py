@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['written', 'Estimate', 'exact', 'wilson', 'median_interval', 'estimate', 'difference', 'ratio',
            'minimum_detectable_effect', 'Test', 'mcnemar', 'two_proportions', 'sample_size', 'sample_size_mcnemar',
-           'Table']
+           'Table', 'Shown']
 
 # %% ../../nbs/kit/01_stats.ipynb #c5c50e97
 import html, math
@@ -432,3 +432,11 @@ class Table:
         body = ("<tr>" + "".join(cell("td", c, i, grey(k)) for i, c in enumerate(row)) + "</tr>" for k, row in enumerate(self._cells(_two_lines)))
         caption = f'<caption style="text-align:left;caption-side:top">{html.escape(self.caption)}</caption>' if self.caption else ""
         return f'<table style="border-collapse:collapse">{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+
+class Shown:
+    "A result that is displayed as the table of its `_table`. It comes before other bases, and a dataclass keeps this display."
+    def __init_subclass__(cls, **more):
+        super().__init_subclass__(**more)
+        if "__repr__" not in vars(cls): cls.__repr__ = Shown.__repr__  # else a dataclass writes its own
+    def __repr__(self): return repr(self._table())
+    def _repr_html_(self): return self._table()._repr_html_()

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from .settings import LabError, Unavailable, UsageError, home, unknown
-from .stats import Table
+from .stats import Shown, Table
 
 # %% ../../nbs/kit/02_store.ipynb #70a61817
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def recipe(
 
 # %% ../../nbs/kit/02_store.ipynb #f37e0fd4
 @dataclass(frozen=True)
-class Artefact:
+class Artefact(Shown):
     "A folder that a recipe made, checked against its hashes."
     path: Path                                         # the folder
     made: dict = field(repr=False)                     # what made.json says
@@ -54,8 +54,6 @@ class Artefact:
         rows = [("recipe", f"{m['recipe']} v{m['version']}"), ("key", self.key), *[(k, json.dumps(v)) for k, v in m["arguments"].items()],
                 ("made", f"{m['made_at']} in {m['seconds']:.1f} s on {m['device']}"), ("here", "built now" if self.built else "found in the store")]
         return Table(("artefact", ""), (*rows, *((name, f"{f['size']:,} bytes") for name, f in m["files"].items())))
-    def __repr__(self): return repr(self._table())
-    def _repr_html_(self): return self._table()._repr_html_()
 
 # %% ../../nbs/kit/02_store.ipynb #146179e3
 def _canonical(value, where):
@@ -290,11 +288,9 @@ class Kept:
     made: str         # ISO date; empty: made.json cannot be read
     path: Path
 
-class Shelf(list):
+class Shelf(Shown, list):
     "A list of `Kept` with a table for its display."
     def _table(self): return Table(("key", "recipe", "MB", "made"), tuple((o.key, o.recipe, f"{o.size_bytes/1e6:,.2f}", o.made or "damaged") for o in self))
-    def __repr__(self): return repr(self._table())
-    def _repr_html_(self): return self._table()._repr_html_()
 
 def _kept(folder):
     name, _, k = folder.name.rpartition("-")

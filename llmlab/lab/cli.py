@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from ..kit.settings import LabError, UsageError
+from .interrupts import interruptible
 
 # %% ../../nbs/lab/09_cli.ipynb #c6bb3592
 app = typer.Typer(name="llmlab", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -42,7 +43,8 @@ def run(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto for what the profile says.")] = "auto",
     parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", show_default=False,
         help="Set a parameter of the notebooks, such as `-p seed=1`; may be given again.")] = None,
-    jobs: Annotated[int, typer.Option(metavar="N", help="Notebooks side by side. More than one disturbs what they time.")] = 1,
+    jobs: Annotated[int | None, typer.Option(metavar="N", show_default=False,
+        help="Notebooks side by side. More than one disturbs what they time. Default: 1, and 2 under smoke, which times nothing that matters.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again. Else what is done with the same inputs is kept.")] = False,
     budget: Annotated[float, typer.Option(metavar="FACTOR", help="Give every notebook this many times its time budget, on a slow machine.")] = 1.,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its minutes, and run nothing.")] = False,
@@ -215,8 +217,8 @@ def store_prune(
     _say(f"removed {len(removed)} artefacts")
 
 # %% ../../nbs/lab/09_cli.ipynb #a75d78aa
-def main():
-    "The command `llmlab`. What a user can put right ends in one sentence and its exit status, never in a traceback."
+def _command():
+    "Do what the command line says. Gives the exit status."
     import warnings
     other = warnings.showwarning
     def say(message, category, *where, **how):
@@ -224,10 +226,18 @@ def main():
         else: other(message, category, *where, **how)
     warnings.showwarning = say
     try: app(prog_name="llmlab")
+    except SystemExit as e: return e.code
     except LabError as e:
         typer.echo(f"llmlab: {e}", err=True)
-        sys.exit(e.exit_status)
-    except KeyboardInterrupt: sys.exit(130)
+        return e.exit_status
     except BrokenPipeError:
         sys.stderr.close()
-        sys.exit(0)
+        return 0
+
+def main():
+    "The command `llmlab`. What a user can put right ends in one sentence and its exit status, never in a traceback; so does a signal, whenever it comes."
+    status = 130
+    try:
+        with interruptible(to_the_end=True): status = _command()
+    except KeyboardInterrupt: pass
+    sys.exit(status)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Notebook', 'plain_name', 'read_notebook', 'notebooks', 'select', 'parse_parameters', 'parameters_for', 'versions',
-           'processor', 'package_hash', 'find_device', 'aligned', 'Item', 'Plan', 'plan', 'no_room', 'write_whole',
-           'write_json', 'read_jsonl']
+           'processor', 'reached', 'asset_hash', 'find_device', 'aligned', 'Item', 'Plan', 'plan', 'no_room',
+           'write_whole', 'write_json', 'read_jsonl']
 
 # %% ../../nbs/lab/00_plan.ipynb #54143d30
 import ast, errno, functools, hashlib, json, os, platform, re, shutil
@@ -27,6 +27,7 @@ class Notebook:
     parameters: dict = field(compare=False)  # name -> default
     n_cells: int = 0   # code cells
     source_hash: str = ""  # of its cells, without outputs and metadata
+    source: str = field(default="", repr=False, compare=False)  # of its code cells
 
     @property
     def chapter(self): return self.name.split("/")[0]
@@ -68,7 +69,8 @@ def read_notebook(
     parameters = next((_literals(s) for s, tags in code if "parameters" in tags), {})
     digest = hashlib.sha256(json.dumps([(k, s, t) for k, s, t in text]).encode()).hexdigest()[:16]
     return Notebook(plain_name(path.relative_to(folder)), path, find(r"^# (.+)", prose), find(r"^> (.+)", prose),
-        find(r"^#\|\s*default_exp\s+(\S+)", "\n".join(s for s, _ in code)), parameters, len(code), digest)
+        find(r"^#\|\s*default_exp\s+(\S+)", "\n".join(s for s, _ in code)), parameters, len(code), digest,
+        "\n".join(s for s, _ in code))
 
 def notebooks(
     folder:Path|None=None,  # where the chapters are; None for the checkout's `nbs/`
@@ -160,12 +162,48 @@ def processor()->str: # such as "AMD EPYC 9554 · 2 cores · x86_64"
         with open("/proc/cpuinfo", encoding="utf-8") as f: name = next((o.split(":", 1)[1].strip() for o in f if o.startswith("model name")), name)
     return f"{name} · {os.cpu_count()} cores · {platform.machine()}"
 
+def _imported(source, package):
+    "Modules of llmlab that a source imports anywhere in it; `package` is where it stands, such as `llmlab.kit`. Raises `SyntaxError`."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*(package.split(".")[:len(package.split(".")) + 1 - node.level] if node.level else ()), *([node.module] if node.module else ())])
+            yield from (base, *(f"{base}.{a.name}" for a in node.names))
+
+def _file(module):
+    "The file of a module of llmlab, None for what is none."
+    first, *rest = module.split(".")
+    path = Path(llmlab.__file__).parent.joinpath(*rest)
+    return next((o for o in (path.with_suffix(".py"), path/"__init__.py") if first == "llmlab" and o.is_file()), None)
+
 @functools.cache
-def package_hash()->str: # 16 hexadecimal digits
-    "The package's source and assets, without the lab."
-    top = Path(llmlab.__file__).parent
-    files = [p for p in sorted(top.rglob("*")) if p.is_file() and "__pycache__" not in p.parts and p.relative_to(top).parts[0] != "lab"]
-    return _hash([(p.relative_to(top).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files if p.name != "_modidx.py"])
+def _sources(): # module -> hash of its file, modules that it imports
+    return {}
+
+def reached(
+    source:str,        # code of a notebook
+    module:str="",     # that it exports, such as "selection.candidates"
+)->dict[str, str]:     # module -> hash of its file
+    "The modules of llmlab that this code imports, and those that these import. Without the lab; all there are for code that does not parse."
+    top, found = Path(llmlab.__file__).parent, {}
+    try: waiting = [f"llmlab.{module}" if module else "", *_imported(source, "")]
+    except SyntaxError: waiting = [".".join(("llmlab", *p.relative_to(top).with_suffix("").parts)) for p in top.rglob("*.py")]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name.startswith("llmlab.lab") or not (path := _file(name)): continue
+        if name not in _sources():
+            text = path.read_bytes()
+            _sources()[name] = hashlib.sha256(text).hexdigest(), list(_imported(text, name if path.name == "__init__.py" else name.rpartition(".")[0]))
+        found[name], more = _sources()[name]
+        waiting += more
+    return found
+
+@functools.cache
+def asset_hash()->str: # 16 hexadecimal digits
+    "The package's data, without the lab's. The settings are not among them: a profile's values enter by themselves."
+    top = Path(llmlab.__file__).parent/"assets"
+    files = [p for p in sorted(top.rglob("*")) if p.is_file() and p.relative_to(top).parts[0] not in ("lab", "settings.ini")]
+    return _hash([(p.relative_to(top).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
 
 def find_device(
     device:str="auto",  # as the user gave it
@@ -224,13 +262,13 @@ def plan(
     device:str="auto",          # cpu, cuda, mps or auto
     parameters:dict|None=None,  # name -> text, from the user
     folder:Path|None=None,      # where the chapters are
-    jobs:int=1,                 # notebooks side by side
+    jobs:int|None=None,         # notebooks side by side; None: one, but two under a profile that is no evidence, where timings do not matter
     budget:float=1.,            # factor on every budget, for a slow machine
     history:dict|None=None,     # (notebook, profile) -> seconds it took before
 )->Plan:
     "Everything that can be known and refused before a kernel starts."
     if profile not in profiles(): raise unknown("profile", profile, profiles())
-    if jobs < 1: raise UsageError(f"--jobs must be at least 1, got {jobs}")
+    if jobs is not None and jobs < 1: raise UsageError(f"--jobs must be at least 1, got {jobs}")
     if not budget > 0: raise UsageError(f"--budget must be above 0, got {budget}")
     chosen = select(notebooks(folder), names)
     if not chosen: raise UsageError("there is no notebook to run")
@@ -238,10 +276,11 @@ def plan(
     asked_device = device if device not in ("", "auto") else settings(profile, resolve=False).device
     found = find_device(asked_device)
     s = settings(profile, resolve=False)
+    jobs = jobs or (1 if s.evidence else min(2, os.cpu_count() or 1))
     values = {k: getattr(s, k) for k in Settings.__dataclass_fields__ if k not in ("out_dir", "sources")}
-    common = dict(profile=values, device=found, package=package_hash(), versions=versions(), processor=processor())
-    items = [Item(n, injected[n.name], budget_s(n.name, profile) * budget * jobs, _hash([n.source_hash, injected[n.name], common, *_files(injected[n.name])]),
-        (history or {}).get((n.name, profile))) for n in chosen]
+    common = dict(profile=values, device=found, assets=asset_hash(), versions=versions(), processor=processor())
+    enters = lambda n: _hash([n.source_hash, injected[n.name], common, reached(n.source, n.module), *_files(injected[n.name])])
+    items = [Item(n, injected[n.name], budget_s(n.name, profile) * budget * jobs, enters(n), (history or {}).get((n.name, profile))) for n in chosen]
     asked = dict(names=list(map(str, names)), parameters=dict(parameters or {}), device=device)
     return Plan(profile, found, asked, items, _hash([(i.notebook.name, i.inputs) for i in items]), values, jobs)
 

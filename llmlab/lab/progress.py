@@ -33,7 +33,7 @@ def words(
     "What there is to say of a notebook."
     seconds = r.seconds if r.status != "running" else (now or time.monotonic()) - getattr(r, "started", time.monotonic())
     spent = f"{duration(seconds)} of {duration(r.budget_s)}" if seconds is not None else ""
-    what = "kept from before" if r.kept else "" if r.status in ("ok", "running") else ENDINGS.get(r.status, ("", r.status))[1]
+    what = f"kept from {r.run or 'before'}" if r.kept or r.run else "" if r.status in ("ok", "running") else ENDINGS.get(r.status, ("", r.status))[1]
     if r.status == "waiting": what = ""
     if r.error and r.error.get("name") and r.status in ("error", "usage", "unavailable"): what += f": {r.error['name']}"
     return _marks.get(r.status, "✗"), r.notebook, f"{r.cell}/{r.cells}" if r.cell or r.status == "running" else "", spent, said_claims(r.claims), what

@@ -41,7 +41,9 @@ class Result:
     claims: dict = field(default_factory=dict)  # how many by verdict
     title: str = ""             # its H1
     source: str = ""            # its file, such as "nbs/01_selection/01_candidates.ipynb"
-    kept: bool = False          # from an earlier attempt of the same run
+    files: dict = field(default_factory=dict)   # rows.jsonl and claims.jsonl: hash of each
+    run: str = ""               # the run that measured it, if it was another one
+    kept: bool = False          # not measured now: from an earlier attempt, or another run, with the same inputs
 
     @property
     def slug(self): return self.notebook.replace("/", "__")
