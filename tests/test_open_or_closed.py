@@ -103,7 +103,8 @@ def test_the_path_is_drawn_with_what_gives_way():
 # Money
 
 cents = lambda low, high: st.integers(low * 100, high * 100).map(lambda n: n / 100)
-costs = st.builds(o.Own, price=cents(0, 100_000), months=cents(1, 120), upkeep=cents(0, 10_000), idle_watts=cents(0, 200), busy_watts=cents(200, 2000), kwh=cents(0, 1))
+costs = st.builds(o.Own, price=cents(0, 100_000), months=cents(1, 120), upkeep=cents(0, 10_000), idle_watts=cents(0, 200),
+    busy_watts=cents(200, 2000), kwh=cents(0, 1))
 
 
 @examples(max_examples=100, deadline=None)
@@ -178,3 +179,22 @@ def test_the_largest_batch_fits_and_the_next_does_not(training):
     need = lambda n: models.memory_needed(g, n, 64, training=training).total_bytes
     assert b >= 1 and need(b) <= .9 * free < need(b + 1)
     assert o.largest_batch("random:llama-tiny", 64, 1e6, training) == 0 and o.largest_batch("random:llama-tiny", 64, 1e15, training, most=100) == 100
+
+
+# The exercises: what learners often write is told apart from what is right
+
+@pytest.mark.parametrize("check,wrong,says", [
+    ("break_even", lambda fixed, energy, r, p: fixed / (r * o.SECONDS * p / 1e6), "machine"),                       # energy forgotten
+    ("break_even", lambda fixed, energy, r, p: fixed / max(r * o.SECONDS * p / 1e6 - energy, 1e-9), "None"),        # never said to be never
+    ("arm_size", lambda a, b: 2 * stats.sample_size(a, b), "both arms"),
+    ("arm_size", lambda a, b: stats.sample_size(a, b) // 2, "both arms vary"),
+    ("tokens_per_character", lambda tok, texts: sum(len(tok(t)) for t in texts) / sum(map(len, texts)), "around"),
+    ("tokens_per_character", lambda tok, texts: sum(len(tok(t)) - len(tok("")) for t in texts) / sum(len(t.encode()) for t in texts), "bytes"),
+    ("robustness", lambda predict, x, y, noise, seeds: (0., sum(p == a for p, a in zip(predict(x), y)) / len(x)), "cost"),
+    ("robustness", lambda predict, x, y, noise, seeds: .5, "pair"),
+    ("training_bytes", lambda n, kept, adapter=0: 16 * n + kept, "right is"),                                       # everything at once
+    ("training_bytes", lambda n, kept, adapter=0: 12 * n + max(kept, 4 * n), "lora"),                               # frozen weights with a state
+])
+def test_a_common_mistake_is_found_and_named(check, wrong, says):
+    from llmlab.selection import exercises
+    with pytest.raises(AssertionError, match=says): getattr(exercises, f"check_{check}")(wrong)
