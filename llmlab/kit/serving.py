@@ -415,7 +415,8 @@ class Loads(Mapping):
         axes[2].plot(n, [o.requests_per_s for o in self.loads.values()], "o", label="measured")
         for ax, name in zip(axes, ("latency_ms", "ttft_ms", "requests_per_s")):
             if foretold: ax.plot(n, [foretold[k][name] for k in n], "--", color="grey", label="foretold, median" if name.endswith("ms") else "foretold")
-            ax.set(xlabel="clients", ylim=(0, 1.2 * ax.get_ylim()[1]), xticks=n, ylabel=dict(latency_ms="latency, ms", ttft_ms="first token, ms").get(name, "requests a second"))
+            label = dict(latency_ms="latency, ms", ttft_ms="first token, ms", requests_per_s="requests a second")[name]
+            ax.set(xlabel="clients", ylabel=label, ylim=(0, 1.2 * ax.get_ylim()[1]), xticks=n)
             ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8)
         return axes
 
