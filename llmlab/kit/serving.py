@@ -218,7 +218,7 @@ def told(
     "The official client's errors as `UsageError` (change the call) or `Unavailable` (the server's turn), each with the remedy."
     import openai
     at = f"{endpoint.base_url}"
-    tries = f"{endpoint.retries} retries" if endpoint.retries else "no retry"
+    tries = {0: "no retry", 1: "one retry"}.get(endpoint.retries, f"{endpoint.retries} retries")
     try: yield
     except openai.APITimeoutError as e:
         raise Unavailable(f"{at} gave no answer within {endpoint.timeout_s:g} s, with {tries}. Raise timeout_s, or ask for fewer tokens") from e
