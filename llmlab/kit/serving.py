@@ -196,8 +196,8 @@ class Endpoint:
         "Continue, piece by piece. A stream that breaks off is not taken up again: what came before has been given out."
         chat = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
         ask, what = (self.client.chat.completions, dict(messages=prompt)) if chat else (self.client.completions, dict(prompt=prompt))
-        with told(self):
-            for part in ask.create(model=self.model, stream=True, **what, **_given(max_tokens, temperature), **more):
+        with told(self), ask.create(model=self.model, stream=True, **what, **_given(max_tokens, temperature), **more) as parts:
+            for part in parts:
                 if part.choices: yield (part.choices[0].delta.content if chat else part.choices[0].text) or ""
 
     def _answer(self, got, text, start):
