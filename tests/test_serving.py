@@ -1,5 +1,6 @@
 """The OpenAI-compatible server, its process, its clients and the load test. The server without a model is used where no model matters."""
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -290,7 +291,15 @@ def test_a_model_that_is_not_there_is_the_same_error_as_without_a_server(name, e
     with pytest.raises(error, match=name.split(":")[-1]): local_server(name)
 
 
-def test_who_hangs_up_is_not_computed_for_any_longer():
+@pytest.fixture
+def no_collector():
+    "What is to be closed is closed by its owner, not by the garbage collector."
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_who_hangs_up_is_not_computed_for_any_longer(no_collector):
     with local_server("echo:20") as server:
         with pytest.raises(Unavailable, match="no answer within"): server.endpoint(timeout_s=.3, retries=0).complete("ab", max_tokens=2000)
         stream = server.endpoint().stream("ab", max_tokens=2000)

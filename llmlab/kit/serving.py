@@ -196,8 +196,8 @@ class Endpoint:
         "Continue, piece by piece. A stream that breaks off is not taken up again: what came before has been given out."
         chat = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
         ask, what = (self.client.chat.completions, dict(messages=prompt)) if chat else (self.client.completions, dict(prompt=prompt))
-        with told(self):
-            for part in ask.create(model=self.model, stream=True, **what, **_given(max_tokens, temperature), **more):
+        with told(self), ask.create(model=self.model, stream=True, **what, **_given(max_tokens, temperature), **more) as parts:
+            for part in parts:
                 if part.choices: yield (part.choices[0].delta.content if chat else part.choices[0].text) or ""
 
     def _answer(self, got, text, start):
@@ -218,7 +218,7 @@ def told(
     "The official client's errors as `UsageError` (change the call) or `Unavailable` (the server's turn), each with the remedy."
     import openai
     at = f"{endpoint.base_url}"
-    tries = f"{endpoint.retries} retries" if endpoint.retries else "no retry"
+    tries = {0: "no retry", 1: "one retry"}.get(endpoint.retries, f"{endpoint.retries} retries")
     try: yield
     except openai.APITimeoutError as e:
         raise Unavailable(f"{at} gave no answer within {endpoint.timeout_s:g} s, with {tries}. Raise timeout_s, or ask for fewer tokens") from e
@@ -415,7 +415,8 @@ class Loads(Mapping):
         axes[2].plot(n, [o.requests_per_s for o in self.loads.values()], "o", label="measured")
         for ax, name in zip(axes, ("latency_ms", "ttft_ms", "requests_per_s")):
             if foretold: ax.plot(n, [foretold[k][name] for k in n], "--", color="grey", label="foretold, median" if name.endswith("ms") else "foretold")
-            ax.set(xlabel="clients", ylim=(0, 1.2 * ax.get_ylim()[1]), xticks=n, ylabel=dict(latency_ms="latency, ms", ttft_ms="first token, ms").get(name, "requests a second"))
+            label = dict(latency_ms="latency, ms", ttft_ms="first token, ms", requests_per_s="requests a second")[name]
+            ax.set(xlabel="clients", ylabel=label, ylim=(0, 1.2 * ax.get_ylim()[1]), xticks=n)
             ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8)
         return axes
 
