@@ -154,6 +154,7 @@ def publish(
     aside = out.with_name(f".{out.name}-{os.getpid()}")
     try:
         model = done.loaded.model.to(torch.bfloat16)
+        model.config.use_cache = True  # the Trainer turns it off
         aside.mkdir(parents=True)
         with models.quiet_library(): model.save_pretrained(aside); done.loaded.tokenizer.save_pretrained(aside)
         scored, scores = models.load(str(aside), "causal-lm"), {}
@@ -173,6 +174,7 @@ def publish(
             near_duplicates_removed=round(1 - texts["unrepeated"] / texts["found"], 4),
             curve=[{k: round(v, 5) for k, v in r.items() if k in _CURVE} for r in done.curve if "loss" in r or "eval_loss" in r])
         (aside/"README.md").write_text(model_card(info), "utf-8")
+        for f in aside.iterdir(): f.chmod(0o644)
         info["files"] = {p.name: models.digest(p) for p in sorted(aside.iterdir())}
         (aside/"made.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n", "utf-8")
         shutil.rmtree(out, ignore_errors=True)

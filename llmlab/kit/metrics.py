@@ -250,7 +250,7 @@ def lm_nats(
     if not 1 <= window <= most or not 1 <= stride <= window: raise UsageError(f"window={window} must be 1 to {most} tokens and stride={stride} 1 to the window")
     if not texts: raise UsageError("texts is empty: there is nothing to score")
     start = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
-    ids = [[start, *o] for o in tok(texts, add_special_tokens=False)["input_ids"]]
+    ids = [[start, *o] for o in tok(texts, add_special_tokens=False, verbose=False)["input_ids"]]
     jobs = sorted(((i, *w) for i, o in enumerate(ids) for w in windows(len(o) - 1, window, stride)), key=lambda j: j[1] - j[2])
     nats, steps = [0.] * len(ids), range(0, len(jobs), batch_size)
     if progress:

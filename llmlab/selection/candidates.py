@@ -298,7 +298,7 @@ def one_step(
     lm = models.geometry(name).causal
     m = models.load(name, task="causal-lm" if lm else "encoder", device=device).model
     ids = torch.randint(m.config.vocab_size, (batch, tokens), device=device)
-    if training: return _train(m, ids, lm, training)
+    if training: return _train(m.train(), ids, lm, training)  # with its dropout, as in a real training
     with torch.inference_mode(), Allocations() as seen: m(input_ids=ids)
     return models.bytes_in_memory(m) + seen.peak
 
