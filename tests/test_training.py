@@ -75,8 +75,8 @@ def test_a_training_that_was_cut_off_ends_as_one_that_was_not(lm, stream, tmp_pa
     resumed = fit(lm, stream, stream[:8], eval_every=4, save_every=4, folder=tmp_path/"cut", **how)
     assert same(whole, resumed) and resumed.steps == 9 and len(resumed.step_seconds) == 5
     assert [r["step"] for r in whole.curve] == [r["step"] for r in resumed.curve] and whole.of("loss") == resumed.of("loss")
-    done = fit(lm, stream, stream[:8], eval_every=4, save_every=4, folder=tmp_path/"whole", **how)  # already complete but for the last step
-    assert same(whole, done)
+    done = fit(lm, stream, stream[:8], eval_every=4, save_every=4, folder=tmp_path/"whole", **how)  # complete: nothing is trained
+    assert same(whole, done) and not done.step_seconds and done.steps == 9 and done.of("loss") == whole.of("loss")
 
 
 def test_with_dropout_and_length_groups_too(classifier, tmp_path):

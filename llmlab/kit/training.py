@@ -340,7 +340,7 @@ def fit(
         if done: last = str(done[-1])
         for torn in (p for p in where.glob("checkpoint-*") if p not in done): shutil.rmtree(torn, ignore_errors=True)
         begun = time.perf_counter()
-        with peak_memory(str(loaded.device)) as peak: trainer.train(resume_from_checkpoint=last)
+        with peak_memory(str(loaded.device)) as peak: _go(trainer, last)
         seconds, state = time.perf_counter() - begun, trainer.state
         best = int(state.best_model_checkpoint.rpartition("-")[2]) if given["patience"] and state.best_model_checkpoint else None
         plain = lambda k, v: isinstance(v, (int, float)) and not any(o in k for o in ("runtime", "per_second", "total_flos"))
@@ -348,6 +348,15 @@ def fit(
         trained = replace(loaded, model=trainer.model.eval(), weights="trained", fresh=())
         return Trained(trained, curve, state.global_step, watch.tokens, watch.examples, seconds, tuple(watch.seconds),
             peak.bytes, best, Path(folder) if folder else None)
+
+def _go(trainer, last):
+    "Train on from the last checkpoint; from one that is already at the end the library would go one step too far."
+    from transformers import TrainerState
+    state = TrainerState.load_from_json(Path(last)/"trainer_state.json") if last else None
+    if state is None or state.global_step < trainer.args.max_steps: return trainer.train(resume_from_checkpoint=last)
+    kept = state.best_model_checkpoint if trainer.args.load_best_model_at_end and state.best_model_checkpoint else last
+    trainer.state = state
+    trainer._load_from_checkpoint(kept)
 
 def _made(loaded, given, where):
     "The watch and the Trainer."
