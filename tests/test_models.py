@@ -196,7 +196,7 @@ def test_a_configuration_needs_no_weights(hub):
     assert not any("safetensors" in p for _, p in hub.requests)
 
 
-@pytest.mark.parametrize("fault,says,task,alternative", [(404, "404", "encoder", "embedded:minilm"), (404, "404", "causal-lm", "random:llama-125m"),
+@pytest.mark.parametrize("fault,says,task,alternative", [(404, "404", "encoder", "embedded:minilm"), (404, "404", "causal-lm", "embedded:lm"),
     (503, "answered 503", "classifier", "embedded:minilm"), (401, "HF_TOKEN", "encoder", "embedded:minilm"),
     ("slow", "within 1 s", "encoder", "embedded:minilm"), ((503, "/resolve/"), "answered 503", "encoder", "embedded:minilm"),
     (("slow", "/resolve/"), "within 1 s", "encoder", "embedded:minilm")])
