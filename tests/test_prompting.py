@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,17 +144,19 @@ def test_a_fixed_length_is_kept_whatever_ends_a_text(lm):
     assert p.decoding(lm, "abc", 8, eos_token_id=every)() == p.decoding(lm, "abc", 8)()
 
 
-def test_batched_generation_is_that_of_each_prompt(lm):
-    prompts = ["a", "a longer prompt", "the longest prompt of them all"]
-    together = a.generate(lm, prompts, 6, batch_size=2)
-    assert together == [a.generate(lm, [o], 6)[0] for o in prompts] and all(o not in t for o, t in zip(prompts, together))
-
-
-def test_generation_keeps_the_end_of_a_long_prompt_and_room_for_the_answer(lm):
+def test_prompts_keep_their_end_and_room_for_the_answer(lm):
     long = "x" * 5000 + "the end"
-    assert a.generate(lm, [long], 4) == a.generate(lm, [long[-2043:]], 4)
-    with pytest.raises(UsageError, match="leaves no room"): a.generate(lm, ["x"], 2048)
-    assert a.generate(lm, [], 4) == []
+    (cut,) = a.fitting(lm, [long], 4)
+    assert [cut] == a.fitting(lm, [long[-2043:]], 4) and len(cut) == 2044 and lm.tokenizer.decode(cut).endswith("the end")
+    assert len(a.generate(lm, [cut], 4)) == 1
+    with pytest.raises(UsageError, match="leaves no room"): a.fitting(lm, ["x"], 2048)
+    assert a.fitting(lm, [], 4) == []
+
+
+def test_a_stop_text_ends_an_answer_and_is_left_out(lm, monkeypatch):
+    monkeypatch.setattr(a, "generate", lambda *_: [SimpleNamespace(text="one|two|"), SimpleNamespace(text="three")])
+    app = lambda stop: a.Application("echo", "none", ("a", "b"), ("", ""), lambda x, y: {}, "nothing", ("", ""), stop=stop, read=str)
+    assert a.judge(app("|"), lm).answers == ("one", "three") and a.judge(app(""), lm).answers == ("one|two|", "three")
 
 
 def test_layouts():
