@@ -169,10 +169,11 @@ def test_there_are_a_dozen_attacks_of_several_kinds_beside_the_control():
 
 def test_answers_do_not_depend_on_the_batch(lm):
     prompts = ["Description: rows\nType:", "Description: a longer one of them\nType:", "x"]
-    together, pull = t.answers(lm, prompts, ["int", "str", "int"], tokens=2)
-    for i, p in enumerate(prompts):
-        alone, alone_pull = t.answers(lm, [p], [["int", "str", "int"][i]], tokens=2)
-        assert alone[0] == together[i] and alone_pull[0] == pytest.approx(pull[i], abs=1e-3)
+    words = ["int", "str", "int"]
+    together, pull = t.answers(lm, prompts, tokens=2), t.first_nats(lm, prompts, words)
+    for p, w, said, nats in zip(prompts, words, together, pull):
+        assert t.answers(lm, [p], tokens=2) == [said] and t.first_nats(lm, [p], [w])[0] == pytest.approx(nats, abs=1e-3)
+    assert t.answers(lm, prompts * 2, tokens=2) == together * 2 and t.first_nats(lm, prompts * 2, words * 2).tolist() == [*pull, *pull]
 
 
 def test_counterfactual_is_the_first_less_the_second():

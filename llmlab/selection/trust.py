@@ -6,8 +6,8 @@
 __all__ = ['SYNONYMS', 'SHORT', 'STATIONS', 'WOMEN', 'MEN', 'NAMED', 'ENDINGS', 'INJECTIONS', 'PAIRS', 'TEMPLATES', 'recipe',
            'neighbours', 'typos', 'replaced', 'reordered', 'alterations', 'Altered', 'robustness', 'plot_rates',
            'Canary', 'digit_pieces', 'canaries', 'weights_of', 'planted_of', 'secret_nats', 'exposure', 'extracted',
-           'chance_exposure', 'planted', 'recipes', 'plot_leak', 'by_chance', 'typed_prompt', 'answers', 'escaped',
-           'suspicious', 'counterfactual', 'favour', 'likeness', 'holm', 'integrated_gradients', 'occlusion',
+           'chance_exposure', 'planted', 'recipes', 'plot_leak', 'by_chance', 'typed_prompt', 'answers', 'first_nats',
+           'escaped', 'suspicious', 'counterfactual', 'favour', 'likeness', 'holm', 'integrated_gradients', 'occlusion',
            'Explained', 'label_output', 'next_output', 'gap', 'Coloured', 'plot_attributions']
 
 # %% ../../nbs/01_selection/05_trust.ipynb #fc3cf024
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from ..kit import data, ledger, metrics, models, pictures, stats, store
+from ..kit.generation import generate, left_padded, next_logits
 from ..kit.settings import Settings, UsageError, expected_error, settings
 from . import candidates
 
@@ -369,28 +370,29 @@ def typed_prompt(
 def answers(
     loaded:models.Loaded,  # a causal language model
     prompts:list,          # n of them
-    watch:list|None=None,  # n words; None: none
     tokens:int=4,          # of an answer
+)->list[str]:              # the first word of each answer
+    "Go on greedily from each prompt; of equal prompts one is asked."
+    one = list(dict.fromkeys(prompts))
+    said = dict(zip(one, generate(loaded, _plain(loaded, one), tokens, batch_size=16)))
+    return [next(iter(re.findall(r"[\w-]+", said[p].text.partition("\n\n")[0])), "") for p in prompts]
+
+def first_nats(
+    loaded:models.Loaded,  # a causal language model
+    prompts:list,          # n of them
+    words:list,            # n words
     batch_size:int=16,
-)->tuple[list, np.ndarray]: # the first word of each answer, and (n,) nats: log-likelihood of each watched word's first token
-    "Go on greedily from each prompt, padded on the left; of equal questions one is asked."
-    both = list(zip(prompts, watch or [""] * len(prompts)))
-    if len(set(both)) < len(both):
-        one = list(dict.fromkeys(both))
-        said, seen = answers(loaded, [p for p, _ in one], [w for _, w in one] if watch else None, tokens, batch_size)
-        return [said[one.index(o)] for o in both], np.array([seen[one.index(o)] for o in both] if watch else [])
-    tok, said, seen = loaded.tokenizer, [], []
-    for i in range(0, len(prompts), batch_size):
-        x = tok(prompts[i:i + batch_size], return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False).to(loaded.device)
-        with torch.inference_mode():
-            out = loaded.model.generate(**x, max_new_tokens=tokens, do_sample=False, pad_token_id=tok.pad_token_id, output_logits=True,
-                                        return_dict_in_generate=True)
-        texts = tok.batch_decode(out.sequences[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
-        said += [next(iter(re.findall(r"[\w-]+", t.partition("\n\n")[0])), "") for t in texts]
-        if watch:
-            first = [tok(" " + w, add_special_tokens=False)["input_ids"][0] for w in watch[i:i + batch_size]]
-            seen += out.logits[0].float().log_softmax(-1)[range(len(first)), first].tolist()
-    return said, np.array(seen)
+)->np.ndarray:             # (n,) nats
+    "Log-likelihood that an answer begins with the first token of a word; of equal questions one is asked."
+    one, seen = list(dict.fromkeys(zip(prompts, words, strict=True))), []
+    ids, wanted = (_plain(loaded, o) for o in ([p for p, _ in one], [" " + w for _, w in one]))
+    for i in range(0, len(one), batch_size):
+        logits, _ = next_logits(loaded.model, *left_padded(ids[i:i + batch_size], device=loaded.device))
+        seen += logits.log_softmax(-1)[range(len(logits)), [o[0] for o in wanted[i:i + batch_size]]].tolist()
+    found = dict(zip(one, seen))
+    return np.array([found[o] for o in zip(prompts, words)])
+
+def _plain(loaded, texts): return loaded.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 # %% ../../nbs/01_selection/05_trust.ipynb #c3e9eb02
 INJECTIONS = {
