@@ -100,6 +100,15 @@ def test_sampling_at_a_small_top_p_is_greedy(loaded):
     assert list(islice(next_tokens(loaded, ids), 4)) == list(islice(next_tokens(loaded, ids, temperature=1., top_p=1e-9, seed=3), 4))
 
 
+def test_tokens_go_on_past_an_end_of_text_until_the_context_is_full(loaded):
+    from unittest.mock import patch
+    ids = loaded.tokenizer("x = ")["input_ids"]
+    with patch.object(loaded.model.config, "max_position_embeddings", len(ids) + 5):
+        free = list(next_tokens(loaded, ids))
+        with patch.object(loaded.model.generation_config, "eos_token_id", free[1]): assert list(next_tokens(loaded, ids)) == free
+    assert len(free) == 5
+
+
 # the contract
 
 @pytest.mark.parametrize("body,status,code", [

@@ -57,22 +57,14 @@ def next_tokens(
     temperature:float=0., # 0: greedy
     top_p:float=1.,       # as in `Asked`
     seed:int|None=None,   # of the draw; None: a new one each time
-)->Iterator[int]:         # ids of new tokens, without end
-    "The plainest decoding loop with a cache: read the prompt once, then one token a step."
-    import torch
-    draw = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed % 2**63)
-    x, past = torch.tensor([ids], device=loaded.device), None
-    while True:
-        with torch.inference_mode(): out = loaded.model(input_ids=x, past_key_values=past, use_cache=True)
-        logits, past = out.logits[0, -1].float(), out.past_key_values
-        yield (token := int(logits.argmax()) if temperature == 0 else _drawn(logits / temperature, top_p, draw))
-        x = torch.tensor([[token]], device=loaded.device)
+)->Iterator[int]:         # ids of new tokens
+    "What `generation.stream` makes, past any end of text, as long as the context has room."
+    from llmlab.kit.generation import stream
+    how = dict(sample=True, temperature=temperature, top_p=top_p) if temperature else {}
+    seed = secrets.randbits(63) if seed is None else seed % 2**63
+    for piece in stream(loaded, ids, _context(loaded) - len(ids), seed=seed, ignore_eos=True, **how): yield piece.id
 
-def _drawn(logits, top_p, draw):
-    import torch
-    p, order = logits.softmax(-1).cpu().sort(descending=True)
-    p[p.cumsum(0) - p >= top_p] = 0
-    return int(order.cpu()[torch.multinomial(p, 1, generator=draw)])
+def _context(loaded): return getattr(loaded.model.config, "max_position_embeddings", 0) or 1024
 
 # %% ../../nbs/kit/10_server.ipynb #3d067a30
 TEMPLATE = "{% for m in messages %}{{ m.role.capitalize() }}: {{ m.content }}\n{% endfor %}Assistant:"  # for models that bring none
@@ -84,7 +76,7 @@ class Model:
         tokens:Callable=next_tokens # yields ids, as `next_tokens` does
     ):
         self.loaded, self._tokens, cfg = loaded, tokens, loaded.model.config
-        self.name, self.context = loaded.name, getattr(cfg, "max_position_embeddings", 0) or 1024
+        self.name, self.context = loaded.name, _context(loaded)
         end = loaded.model.generation_config.eos_token_id
         self.eos = frozenset(end if isinstance(end, list) else [] if end is None else [end])
         self.vocab_size = cfg.vocab_size
