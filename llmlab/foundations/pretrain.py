@@ -155,6 +155,7 @@ def publish(
     try:
         model = done.loaded.model.to(torch.bfloat16)
         model.config.use_cache = True  # the Trainer turns it off
+        for left in out.parent.glob(f".{out.name}-*"): shutil.rmtree(left)  # of a run that was killed
         aside.mkdir(parents=True)
         with models.quiet_library(): model.save_pretrained(aside); done.loaded.tokenizer.save_pretrained(aside)
         scored, scores = models.load(str(aside), "causal-lm"), {}
