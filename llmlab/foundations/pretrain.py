@@ -276,6 +276,7 @@ def step_profile(
 )->dict:                        # seconds by kind: products, attention, loss, the rest
     "One forward and backward pass in bfloat16, by what its time goes into."
     from torch.profiler import ProfilerActivity, profile
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes that it began and ended
     model = loaded.model
     x = windows.long().to(loaded.device)
     def step():
