@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe', 'Candidate', 'majority', 'fit_best', 'tfidf', 'sentence_vectors', 'features', 'features_of', 'recipes',
            'softmax_regression', 'probe', 'challenge', 'python_calls', 'call_seconds', 'forecast', 'throughput_curve',
-           'bend', 'plot_throughput', 'matmuls', 'one_step', 'plot_memory']
+           'bend', 'plot_throughput', 'matmuls', 'one_step', 'two_steps', 'plot_memory']
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #db0599ca
 import pickle, sys, time, warnings
@@ -298,23 +298,32 @@ def one_step(
     lm = models.geometry(name).causal
     m = models.load(name, task="causal-lm" if lm else "encoder", device=device).model
     ids = torch.randint(m.config.vocab_size, (batch, tokens), device=device)
-    if training: return _train(m.train(), ids, lm, training)  # with its dropout, as in a real training
-    with torch.inference_mode(), Allocations() as seen: m(input_ids=ids)
-    return models.bytes_in_memory(m) + seen.peak
+    if training: m, peak = two_steps(m.train(), ids, lm, training)  # with its dropout, as in a real training
+    else:
+        with torch.inference_mode(), Allocations() as seen: m(input_ids=ids)
+        peak = seen.peak
+    return models.bytes_in_memory(m) + peak
 
-def _train(m, ids, lm, training):
+def two_steps(
+    m:torch.nn.Module,   # trained in place
+    ids:Tensor,          # (B, T) tokens
+    causal:bool,         # a language model; otherwise an encoder, with a loss of no meaning
+    training:str,        # full, lora
+    rank:int=8,          # of LoRA
+)->tuple[torch.nn.Module, int]: # the model, with its adapters; bytes of tensors at the peak, its weights not counted
+    "Two training steps with AdamW."
     if training == "lora":
         from peft import LoraConfig, get_peft_model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers for a name that will go
-            m = get_peft_model(m, LoraConfig(r=8, target_modules="all-linear"))
+            m = get_peft_model(m, LoraConfig(r=rank, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad])
     with Allocations() as seen:
         for _ in range(2):  # the second step finds the optimizer's state in place
-            loss = m(input_ids=ids, labels=ids).loss if lm else m(input_ids=ids).last_hidden_state.square().mean()
+            loss = m(input_ids=ids, labels=ids).loss if causal else m(input_ids=ids).last_hidden_state.square().mean()
             loss.backward()
             optimizer.step(); optimizer.zero_grad()
-    return models.bytes_in_memory(m) + seen.peak
+    return m, seen.peak
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #741c9193
 def plot_memory(

@@ -9,7 +9,7 @@ __all__ = ['CRITERIA', 'TYPES', 'QUESTIONS', 'COMMON', 'SECONDS', 'Entry', 'comp
            'needed', 'carried_out', 'largest_batch']
 
 # %% ../../nbs/01_selection/02_open_or_closed.ipynb #e99c72eb
-import itertools, math, warnings
+import itertools, math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from ..kit import ledger, measure, models, stats
 from ..kit.geometry import TASKS, Allocations, meta_model
 from ..kit.settings import UsageError, settings, unknown
 from ..kit.stats import Estimate, Table
-from .candidates import plot_memory
+from .candidates import plot_memory, two_steps
 
 # %% ../../nbs/01_selection/02_open_or_closed.ipynb #01a3e16a
 CRITERIA = {  # criterion → its levels in words, from 0
@@ -461,7 +461,9 @@ def carried_out(
     m = meta_model(models.config(plan.model), task) if device == "meta" else models.load(plan.model, task=task, device=device).model
     torch.manual_seed(seed)
     ids = torch.randint(4, g.vocab_size, (plan.batch, plan.tokens), device=device)
-    if plan.training: return _trained(m.train(), ids, g.causal, plan.training, rank, device == "cpu")
+    if plan.training:
+        m, peak = two_steps(m.train(), ids, g.causal, plan.training, rank)
+        return _weights(m) + peak
     m.eval()
     with torch.inference_mode(), Allocations() as seen:
         if not plan.new_tokens: m(input_ids=ids, **(dict(use_cache=True) if g.causal else {}))
@@ -471,20 +473,6 @@ def carried_out(
     return _weights(m) + seen.peak
 
 def _weights(m): return sum(p.numel() * p.element_size() for p in m.parameters())
-
-def _trained(m, ids, causal, training, rank, one_by_one):
-    if training == "lora":
-        from peft import LoraConfig, get_peft_model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers for a name that will go
-            m = get_peft_model(m, LoraConfig(r=rank, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad])
-    with Allocations() as seen:
-        for _ in range(2):  # the second step finds the optimizer's state in place
-            loss = m(input_ids=ids, labels=ids).loss if causal else m(input_ids=ids).last_hidden_state.square().mean()
-            loss.backward()
-            optimizer.step(); optimizer.zero_grad()
-    return _weights(m) + seen.peak
 
 # %% ../../nbs/01_selection/02_open_or_closed.ipynb #9d391dec
 def largest_batch(
