@@ -201,12 +201,14 @@ def _hardware():
 
 def _have(need, s):
     if need == "evidence": return s.evidence
+    if need == "seeds": return s.seeds >= 3
+    if need == "effort": return s.effort > 1
     if need in ("cuda", "mps"): return s.device.startswith(need)
     if need == "gpu": return s.device != "cpu"
     if need == "multi-gpu":
         import torch
         return torch.cuda.device_count() > 1
-    raise unknown("need", need, ["evidence", "cuda", "mps", "gpu", "multi-gpu"])
+    raise unknown("need", need, ["evidence", "seeds", "effort", "cuda", "mps", "gpu", "multi-gpu"])
 
 # %% ../../nbs/kit/07_ledger.ipynb #86483609
 class Book:
@@ -292,7 +294,7 @@ class Book:
         at_least=None,       # lower bound
         equal=None,          # the value itself, give or take `tolerance`
         tolerance:float=0.,  # of `equal`
-        needs=None,          # "evidence", "cuda", "mps", "gpu", "multi-gpu", or several; skipped where one is missing
+        needs=None,          # "evidence", "seeds" (three or more), "effort" (long trainings), "cuda", "mps", "gpu", "multi-gpu"; one or several
         kind:str|None=None,  # "quality", "size", "speed", "equality", "error"; speed always needs evidence
         skip:str="",         # why it cannot be decided here, such as a hub that does not answer
     )->Claim:                # displayed
@@ -304,14 +306,14 @@ class Book:
         if kind == "speed" and "evidence" not in needs: needs += ("evidence",)
         value, reason = _found(value)
         missing = [n for n in needs if not _have(n, self.s)]
-        hardware = [n for n in missing if n != "evidence"]
+        hardware = [n for n in missing if n not in ("evidence", "seeds", "effort")]
         if skip or hardware: verdict, reason = "skipped", skip or f"hardware: needs {', '.join(hardware)}"
         elif value is None: verdict = "failed"
         elif missing: verdict, reason = "skipped", f"evidence: the profile {self.s.profile!r} has too little"
         else:
             at = bounds.get("equal")
             low, high = (at - tolerance, at + tolerance) if at is not None else (bounds.get("at_least", -math.inf), bounds.get("at_most", math.inf))
-            verdict, reason = judge(value, low, high, kind, strict="evidence" in needs)
+            verdict, reason = judge(value, low, high, kind, strict=bool({"evidence", "seeds", "effort"} & {*needs}))
         identity = _hash(self.notebook, text, self.s.profile, self.s.device, self.s.seed)
         claim = Claim(identity, self._now(), self.notebook, text, value, **bounds, tolerance=tolerance, kind=kind, needs=needs,
                       verdict=verdict, reason=reason, profile=self.s.profile, device=self.s.device)

@@ -168,6 +168,8 @@ class Settings:
     warmup: int = _setting(int, "calls before a timing", low=0, high=1000)
     batch_sizes: tuple[int, ...] = _setting(_ints, "batch sizes of a throughput curve", low=1, high=65_536)
     resamples: int = _setting(int, "bootstrap resamples of an interval", low=100, high=1_000_000)
+    seeds: int = _setting(int, "trainings that differ in their seed alone, for a spread over seeds", low=1, high=1000)
+    effort: float = _setting(float, "steps of the trainings in a chapter, 1 for what tiny affords", low=.001, high=1000)
     out_dir: Path = _setting(Path, "where this notebook writes its rows, claims and files")
     sources: dict = field(repr=False, compare=False)
 
