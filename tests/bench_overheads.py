@@ -58,19 +58,25 @@ def encoder_load():
     return float(done.stdout.splitlines()[-1])
 
 
-def run_profile(profile):
-    "Seconds of a whole run with an empty store."
+def run_profile(profile, *names):
+    "Seconds of a run with an empty store."
     home = tempfile.mkdtemp(prefix="llmlab-bench-")
-    try: return wall(*LLMLAB, "run", "--profile", profile, "--fresh", env=dict(LLMLAB_HOME=home))
+    try: return wall(*LLMLAB, "run", *names, "--profile", profile, "--fresh", env=dict(LLMLAB_HOME=home))
     finally: shutil.rmtree(home, ignore_errors=True)
+
+
+def a_run(profile, bound_s, *names):
+    "A run with its bound."
+    said = " ".join(["llmlab run", *names, "--profile", profile])
+    return Bench("-".join([*names, profile]), f"`{said}`, empty store", bound_s, 1, lambda: run_profile(profile, *names), "llmlab/lab/cli.py")
 
 
 BENCHES = [
     Bench("import", "`import llmlab`, over Python's own start", .050, 9, import_cost, "llmlab/__init__.py"),
     Bench("help", "`llmlab --help`", .300, 9, lambda: wall(*LLMLAB, "--help"), "llmlab/lab/cli.py"),
     Bench("encoder", "loading the embedded encoder, warm", 1., 3, encoder_load, "llmlab/kit/models.py"),
-    Bench("smoke", "`llmlab run --profile smoke`, empty store", 60., 1, lambda: run_profile("smoke"), "llmlab/lab/cli.py"),
-    Bench("tiny", "`llmlab run --profile tiny`, empty store", 240., 1, lambda: run_profile("tiny"), "llmlab/lab/cli.py"),
+    *(a_run(*o) for o in (("smoke", 60., "selection/candidates"), ("tiny", 240., "selection/candidates"), ("tiny", 90., "foundations"), ("tiny", 120., "selection"),
+        ("tiny", 180., "quantization"), ("tiny", 150., "pruning"), ("smoke", 180.), ("tiny", 780.))),
 ]
 
 
@@ -80,19 +86,19 @@ def main():
     a.add_argument("--only", nargs="+", choices=[b.name for b in BENCHES], default=[b.name for b in BENCHES])
     a.add_argument("--json", type=Path, help="also write the figures to this file")
     args = a.parse_args()
-    print(f"{'what':46} {'bound':>9} {'median':>9} {'fastest':>9} {'slowest':>9}  n")
+    print(f"{'what':70} {'bound':>9} {'median':>9} {'fastest':>9} {'slowest':>9}  n")
     rows = []
     for b in BENCHES:
         if b.name not in args.only: continue
         if not (TOP/b.needs).exists():
-            print(f"{b.what:46} {'':>9} {b.needs} is not here yet")
+            print(f"{b.what:70} {'':>9} {b.needs} is not here yet")
             continue
         samples = [b.measure() for _ in range(b.times)]
         median, unit, scale = statistics.median(samples), *(("ms", 1e3) if b.bound_s < 1 else ("s", 1))
         show = lambda x: f"{x*scale:,.{0 if unit == 'ms' else 1}f} {unit}"  # noqa: E731
         over = median > b.bound_s
         cells = [show(o) for o in (b.bound_s, median, min(samples), max(samples))]
-        print(f"{b.what:46}", *(f"{o:>9}" for o in cells), f" {b.times}", "OVER" if over else "", flush=True)
+        print(f"{b.what:70}", *(f"{o:>9}" for o in cells), f" {b.times}", "OVER" if over else "", flush=True)
         rows.append(dict(name=b.name, what=b.what, bound_s=b.bound_s, median_s=median, samples_s=samples, over=over))
     if args.json: args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return not any(r["over"] for r in rows)

@@ -137,6 +137,27 @@ def test_compare(tmp_path):
     assert isinstance(invoke("compare", "2026010", "latest", "--out", tmp_path).exception, UsageError), "which of the two?"
 
 
+def test_publish(tmp_path):
+    run = write_run(tmp_path/"runs"/"20260101-000000-tiny", rows(), [claim("a", "held")])
+    to = tmp_path/"results"
+    assert "report.html" in invoke("publish", "--to", to, "--out", tmp_path/"runs").output
+    assert {f.name for f in to.iterdir()} == {"run.json", "rows.jsonl", "claims.jsonl", "verdict.json", "junit.xml", "report.html"}
+    shown = invoke("show", str(to), "--out", tmp_path/"runs")
+    assert shown.exit_code == 0 and "held" in shown.output
+    assert "no regressions" in invoke("compare", str(to), "latest", "--out", tmp_path/"runs").output
+    for f in to.iterdir(): assert str(tmp_path) not in f.read_text("utf-8"), f.name
+    before = (to/"rows.jsonl").read_text("utf-8")
+    for changes, said in ((dict(revision="abc+changes"), "not committed"), (dict(state="interrupted"), "not finished")):
+        info = json.loads((run.folder/"run.json").read_text("utf-8")) | changes
+        (run.folder/"run.json").write_text(json.dumps(info), "utf-8")
+        refused = invoke("publish", "--to", to, "--out", tmp_path/"runs").exception
+        assert isinstance(refused, UsageError) and said in str(refused)
+    assert (to/"rows.jsonl").read_text("utf-8") == before
+    (run.folder/"run.json").write_text(json.dumps(info | dict(state="done", revision="abc")), "utf-8")
+    (tmp_path/"mine").mkdir(); (tmp_path/"mine"/"letter.txt").write_text("do not replace me")
+    assert isinstance(invoke("publish", "--to", tmp_path/"mine", "--out", tmp_path/"runs").exception, UsageError)
+
+
 def test_doctor(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     got = invoke("doctor", "--json")

@@ -53,7 +53,7 @@ def _hardware():
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return dict(cpu=_cpu_name(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         instructions=_cpu_instructions(), caches=_caches(), memory_bytes=_memory_bytes(),
-        gpus=[dict(name=g.name, memory_bytes=g.total_memory) for g in gpus], os=f"{platform.system()} {platform.release()}",
+        gpus=[dict(name=g.name, memory_bytes=g.total_memory) for g in gpus], os=f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         python=platform.python_version(), torch=torch.__version__)
 
 def hardware()->dict: # JSON-able: cpu, cores, instructions, caches (bytes), memory_bytes, gpus, os, python, torch, threads

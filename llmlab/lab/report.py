@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['figure', 'cell', 'said_workload', 'columns', 'heading', 'trade_offs', 'predictions', 'machine', 'page',
-           'write_report']
+           'write_report', 'publish']
 
 # %% ../../nbs/lab/05_report.ipynb #db1d7466
 import math
 from pathlib import Path
+from ..kit.settings import UsageError
 from ..kit.stats import Estimate, written
 from .engine import asset
 from .figures import Point, curve, diagonal, scatter
-from .plan import write_whole
+from .plan import write_json, write_whole
 from .progress import duration, said_claims
-from .results import ENDINGS, FINISHED, Run
+from .results import ENDINGS, FINISHED, Run, write_results
 
 # %% ../../nbs/lab/05_report.ipynb #02a35e93
 _bytes = ("size_bytes", "memory_bytes", "peak_memory_bytes")
@@ -219,3 +220,22 @@ def write_report(
 )->Path:     # report.html
     "Write the page of a run into its folder."
     return write_whole(run.folder/"report.html", page(run))
+
+# %% ../../nbs/lab/05_report.ipynb #7b5679e8
+def publish(
+    run:Run,      # that ran to its end
+    folder:Path,  # where to; what was published there before is replaced
+)->Path:          # report.html
+    "Copy a run without its notebooks. Raises `UsageError` for a run that is not finished, and for a folder that holds something else."
+    folder = Path(folder)
+    unfinished = [r.notebook for r in run.results if r.status not in FINISHED]
+    if unfinished or run.verdict == "interrupted" or not run.results:
+        raise UsageError(f"{run.name} is not finished ({', '.join(unfinished) or run.verdict}): run it again to the end before it is published")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder/"run.json").is_file():
+        raise UsageError(f"{folder} holds something else than a published run. Name another folder")
+    if str(run.info.get("revision")).endswith("+changes"):
+        raise UsageError(f"{run.name} was made with changes that are not committed ({run.info['revision']}): nobody could repeat it. Commit, and run again")
+    copy = Run(folder, run.info | dict(notebooks=[r.to_dict() | dict(error=None) for r in run.results]), run.results, run.rows, run.claims)
+    write_json(folder/"run.json", copy.info)
+    write_results(copy)
+    return write_report(copy)

@@ -116,7 +116,8 @@ def read_run(
         try: found = Result.from_dict(json.loads((folder/fresh.slug/"result.json").read_text("utf-8")))
         except (OSError, ValueError, TypeError, AttributeError): found = None
         results.append(found if found and found.inputs == fresh.inputs else fresh)
-    each = lambda name: merged(r for o in results for r in read_jsonl(folder/o.slug/name))
+    published = not any((folder/o.slug).is_dir() for o in results)  # without the notebooks' folders: what they held is at the top
+    each = lambda name: merged(read_jsonl(folder/name) if published else (r for o in results for r in read_jsonl(folder/o.slug/name)))
     return Run(folder, info, results, each("rows.jsonl"), each("claims.jsonl"))
 
 def find_runs(
