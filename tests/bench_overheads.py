@@ -75,8 +75,8 @@ BENCHES = [
     Bench("import", "`import llmlab`, over Python's own start", .050, 9, import_cost, "llmlab/__init__.py"),
     Bench("help", "`llmlab --help`", .300, 9, lambda: wall(*LLMLAB, "--help"), "llmlab/lab/cli.py"),
     Bench("encoder", "loading the embedded encoder, warm", 1., 3, encoder_load, "llmlab/kit/models.py"),
-    *(a_run(*o) for o in (("smoke", 60., "selection/candidates"), ("tiny", 240., "selection/candidates"), ("tiny", 90., "foundations"), ("tiny", 120., "selection"),
-        ("tiny", 180., "quantization"), ("tiny", 150., "pruning"), ("smoke", 180.), ("tiny", 780.))),
+    *(a_run(*o) for o in (("smoke", 60., "selection/candidates"), ("tiny", 240., "selection/candidates"), ("tiny", 90., "foundations"),
+        ("tiny", 120., "selection"), ("tiny", 180., "quantization"), ("tiny", 150., "pruning"), ("smoke", 180.), ("tiny", 780.))),
 ]
 
 
