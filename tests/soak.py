@@ -1,5 +1,9 @@
-"""Runs of the whole course one after another, looking for what happens once in fifty: python tests/soak.py --runs 50 --jobs 2."""
+"""Runs of the whole course one after another, looking for what happens once in fifty: python tests/soak.py --runs 50 --jobs 2.
+
+Each run is also compared with the one before: the same code must show no regression.
+"""
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,10 +32,10 @@ def main():
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a run counts as hung")
     parser.add_argument("names", nargs="*", help="chapters or parts; all chapters if none is named")
     a = parser.parse_args()
-    bad, times = 0, []
+    bad, times, before, worse = 0, [], None, 0
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-c", "from llmlab.lab.cli import main; main()", "run", *a.names,
-                   "--profile", a.profile, "--jobs", str(a.jobs), "--fresh", "--out"]
+        llmlab = [sys.executable, "-c", "from llmlab.lab.cli import main; main()"]
+        command = [*llmlab, "run", *a.names, "--profile", a.profile, "--jobs", str(a.jobs), "--fresh", "--out"]
         for i in range(1, a.runs + 1):
             start = time.perf_counter()
             folder = Path(out)/str(i)
@@ -42,10 +46,19 @@ def main():
             if done is None or done.returncode or left or not verdict:
                 bad += 1
                 print(f"run {i}: {'hung' if done is None else f'exit status {done.returncode}'}; left over: {left or 'nothing'}")
-                if done: print(done.stdout[-2000:], done.stderr[-1000:])
-            elif i % 10 == 0: print(f"{i} runs, {bad} of them bad, median {sorted(times)[len(times) // 2]:.1f} s", flush=True)
-    print(f"{a.runs - bad} passed, {bad} failed")
-    return bool(bad)
+                if done: print(done.stdout[-2000:], done.stderr[-1000:], flush=True)
+                continue
+            now = verdict[0].parent
+            if before:
+                same = subprocess.run([*llmlab, "compare", str(before), str(now)], capture_output=True, text=True)
+                if same.returncode:
+                    worse += 1
+                    print(f"run {i} against the one before:\n{same.stdout[-2000:]}{same.stderr[-1000:]}", flush=True)
+                shutil.rmtree(before.parent)
+            before = now
+            if i % 10 == 0 or i == a.runs: print(f"{i} runs, {bad} bad, {worse} with a regression, median {sorted(times)[len(times) // 2]:.1f} s", flush=True)
+    print(f"{a.runs - bad} passed, {bad} failed; {worse} regressions between runs of the same code")
+    return bool(bad or worse)
 
 
 if __name__ == "__main__":
