@@ -90,9 +90,20 @@ def test_helpers_and_constants_enter_the_key_and_nothing_else(tmp_path, monkeypa
     import importlib
     text = """
 import re
+from dataclasses import dataclass
 from llmlab.kit import store
 PATTERN, TABLE, OTHER, seed = re.compile("a+"), {"x": (1, {2, 3})}, 1, 2
-def helper(x): return [deep(o) for o in x]
+class Base:
+    def sign(self): return "-"
+@dataclass
+class Part(Base):
+    size: int = 1
+    WIDTH = 3
+    @property
+    def twice(self): return inner(self.size)
+def inner(x): return x * 2
+class Unused: pass
+def helper(x): return [deep(o) for o in x] + [Part().twice]
 def deep(x): return TABLE
 def unused(): return 1
 @store.recipe()
@@ -104,9 +115,11 @@ def made(folder, *, n=1): return dict(a=[PATTERN.sub("", str(o.seed)) for o in h
         importlib.invalidate_caches()
         return store.key(importlib.import_module(f"changing{i}").made)
     same = key(0)
-    for i, (old, new) in enumerate([("1, 2\n", "5, 6\n"), ("return 1", "return 2"), ("def helper(x): ", "def helper(x):  # why\n  ")], 1):
+    for i, (old, new) in enumerate([("1, 2\n", "5, 6\n"), ("return 1", "return 2"), ("def helper(x): ", "def helper(x):  # why\n  "),
+            ("class Unused: pass", "class Unused: x = 1")], 1):
         assert key(i, old, new) == same, old
-    for i, (old, new) in enumerate([('"a+"', '"b+"'), ("{2, 3}", "{2, 4}"), ("return TABLE", "return (TABLE)[0]"), ("deep(o)", "deep(0)")], 11):
+    for i, (old, new) in enumerate([('"a+"', '"b+"'), ("{2, 3}", "{2, 4}"), ("return TABLE", "return (TABLE)[0]"), ("deep(o)", "deep(0)"),
+            ("x * 2", "x * 3"), ("WIDTH = 3", "WIDTH = 4"), ('return "-"', 'return "+"'), ("inner(self.size)", "inner(1)"), ("Part(Base)", "Part")], 11):
         assert key(i, old, new) != same, old
 
 

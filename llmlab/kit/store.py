@@ -88,7 +88,7 @@ def _plain(value):
     return None if None in parts else mark[0] + ",".join(parts) + mark[1]
 
 def _source(make):
-    "Hash of a function's source, of the functions of its module that it calls, and of the constants that they read."
+    "Hash of a function's source, of the functions and classes of its module that it uses, and of the constants that they read."
     seen = {}
     def visit(f):
         try: seen[f.__qualname__] = _tree(inspect.getsource(f))
@@ -96,9 +96,18 @@ def _source(make):
         for name in sorted(n for n in _loads(f.__code__) & f.__globals__.keys() if not n.startswith("__")):
             value = f.__globals__[name]
             value = inspect.unwrap(value.make if isinstance(value, Recipe) else value) if callable(value) else value
-            if inspect.isfunction(value):
-                if value.__module__ == f.__module__ and value.__qualname__ not in seen: visit(value)
+            if inspect.isfunction(value) or inspect.isclass(value):
+                if value.__module__ == f.__module__ and value.__qualname__ not in seen: (visit if inspect.isfunction(value) else look_into)(value)
             elif (text := _plain(value)) is not None: seen[name] = text
+    def look_into(cls):  # its bases, its constants, and the functions in it, of which a cell knows the source, which it does not of a class
+        seen[cls.__qualname__] = [o.__qualname__ for o in cls.__bases__]
+        for base in cls.__bases__:
+            if base.__module__ == cls.__module__ and base.__qualname__ not in seen: look_into(base)
+        for name, value in vars(cls).items():
+            value = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+            if inspect.isfunction(value):
+                if value.__code__.co_filename != "<string>" and value.__module__ == cls.__module__: visit(value)  # "<string>": what dataclass writes
+            elif not name.startswith("__") and (text := _plain(value)) is not None: seen[f"{cls.__qualname__}.{name}"] = text
     visit(inspect.unwrap(make))
     return _digest(seen)
 
