@@ -137,3 +137,10 @@ def test_a_budget_is_the_nearest_one(tmp_path):
     head = "\n".join(line for line in text.split("[smoke]")[0].splitlines() if not line.startswith("budget_s"))
     ini.write_text(f"{head}\nbudget_s = 10\nbudget_s.a/b = 20\n[plain]\n[long]\nbudget_s = 30\n[own]\nbudget_s = 30\nbudget_s.a/b = 40\n")
     assert [budget_s(n, p, ini) for p in ("plain", "long", "own") for n in ("a/b", "a/c")] == [20, 10, 30, 30, 40, 30]
+
+def test_idle_talk_of_libraries_is_left_out_and_the_rest_is_heard(caplog):
+    import logging
+    settings("smoke", resolve=False); settings("smoke", resolve=False)
+    log = logging.getLogger("torchao")
+    log.warning("Failed to load /a/path/_C.so: no CUDA here"); log.warning("something else")
+    assert [r.getMessage() for r in caplog.records] == ["something else"] and len(log.filters) == 1

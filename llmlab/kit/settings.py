@@ -8,7 +8,7 @@ __all__ = ['LabError', 'UsageError', 'ClaimsFailed', 'Unavailable', 'Damaged', '
            'devices', 'resolve_device', 'seed_everything', 'settings']
 
 # %% ../../nbs/kit/00_settings.ipynb #51686a1e
-import configparser, html, os, random
+import configparser, html, logging, os, random
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -257,6 +257,14 @@ def seed_everything(
     import numpy, torch
     random.seed(seed); numpy.random.seed(seed); torch.manual_seed(seed)
 
+# what is said whenever transformers is imported beside torchao: kernels for other machines, with their path, and a type that will be unsupported one day
+_IDLE = {"torchao": "Failed to load", "torch.utils._pytree": "is an Enum subclass"}
+
+def _is_worth_saying(record): return _IDLE.get(record.name, "\0") not in str(record.msg)
+
+def _without_idle_talk():
+    for name in _IDLE: logging.getLogger(name).addFilter(_is_worth_saying)  # the same filter is added once only
+
 # %% ../../nbs/kit/00_settings.ipynb #72325133
 def _parsed(f, value, who):
     try: parsed = f.metadata["parse"](value)
@@ -290,6 +298,7 @@ def settings(
         values[name], sources[name] = _parsed(f, value, who), who
         if name in mine and (own := _parsed(f, mine[name], "you")) != values[name]: values[name], sources[name] = own, "you"
     values["out_dir"] = values["out_dir"].expanduser().resolve()
+    _without_idle_talk()
     if resolve:
         asked, values["device"] = values["device"], resolve_device(values["device"])
         if asked != values["device"]: sources["device"] += f": {asked}"
