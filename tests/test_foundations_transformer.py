@@ -141,11 +141,12 @@ def test_reversals_are_words_backwards(seed, least, more):
         assert into[i, :n + 1].tolist() == [t.START, *word[::-1]]
 
 
-def test_recalls_ask_for_what_stood_there():
-    ids, answers = t.recalls(50, seed=3)
-    assert ids.shape == (50, t.DISTANCES + t.QUESTIONS) and ids[:, :t.DISTANCES].max() < t.SYMBOLS
+@pytest.mark.parametrize("length", [1, 12])
+def test_recalls_ask_for_what_stood_there(length):
+    ids, answers = t.recalls(50, seed=3, length=length)
+    assert ids.shape == (50, length + t.QUESTIONS) and ids[:, :length].max() < t.SYMBOLS
     for row, right in zip(ids.tolist(), answers.tolist()):
-        for question, answer in zip(row[t.DISTANCES:], right): assert row[t.DISTANCES - 1 - (question - t.SYMBOLS)] == answer
+        for question, answer in zip(row[length:], right): assert row[length - 1 - (question - t.SYMBOLS)] == answer
 
 
 def line(model, batch): return (model(batch) - batch * 2).square().mean()
@@ -188,13 +189,13 @@ def test_written_words_do_not_depend_on_the_batch():
 
 
 def test_the_recall_recipe_gives_the_same_twice_and_knows_what_it_is_made_of(tmp_path):
-    arguments = dict(kind="LSTM", steps=3, seed=1, lr=1e-2)
+    arguments = dict(kind="LSTM", length=5, steps=3, seed=1, lr=1e-2)
     made = [t.recall_fit.make(Path(tempfile.mkdtemp(dir=tmp_path)), **arguments) for _ in range(2)]
-    assert made[0]["accuracy"] == made[1]["accuracy"] and made[0]["loss"] == made[1]["loss"] and len(made[0]["accuracy"]) == t.DISTANCES
+    assert made[0]["accuracy"] == made[1]["accuracy"] and made[0]["loss"] == made[1]["loss"] and len(made[0]["accuracy"]) == 5
     in_notebook = store.Recipe(t.recall_fit.make, "recall_fit", t.recall_fit.version, t.recall_fit.uses)
     assert store.key(in_notebook, **arguments) == store.key(t.recall_fit, **arguments) != store.key(t.recall_fit, **arguments | dict(seed=2))
 
 
 def test_the_plan_gives_every_kind_the_same_seeds(tmp_path):
     plan = t.recall_plan(settings("tiny", device="cpu", out_dir=tmp_path))
-    assert {i for k, i in plan if k == "LSTM"} == {i for k, i in plan if k == "transformer"} and len(t.recipes(settings("smoke", device="cpu"))) == 3
+    assert {o[1:] for o in plan if o[0] == "LSTM"} == {o[1:] for o in plan if o[0] == "transformer"} and len(t.recipes(settings("smoke", device="cpu"))) == 3

@@ -42,19 +42,19 @@ texts = st.lists(st.text(alphabet="abé \n", max_size=12), min_size=1, max_size=
 
 
 def slow(train, n, doc):
-    "Witten-Bell by dictionaries, one byte after the other."
+    "Kneser-Ney by dictionaries, one byte after the other."
     counts = [Counter() for _ in range(n)]
     for t in train:
         b = bytes(n - 1) + t
-        for i in range(n - 1, len(b)):
-            for k in range(n): counts[k][b[i - k:i + 1]] += 1
+        counts[-1].update(b[i - n + 1:i + 1] for i in range(n - 1, len(b)))
+    for k in range(n - 1, 0, -1): counts[k - 1] = Counter(g[1:] for g in counts[k])
     out, b = [], bytes(n - 1) + doc
     for i in range(n - 1, len(b)):
         p = 1 / 255
         for k in range(n):
             context = b[i - k:i]
             followed = {g: c for g, c in counts[k].items() if g[:-1] == context}
-            if followed: p = (followed.get(b[i - k:i + 1], 0) + len(followed) * p) / (sum(followed.values()) + len(followed))
+            if followed: p = (max(followed.get(b[i - k:i + 1], 0) - .75, 0) + .75 * len(followed) * p) / sum(followed.values())
         out.append(p)
     return out
 
@@ -69,17 +69,14 @@ def test_counts_as_a_slow_count(train, held, n):
 
 def test_as_nltk_counts():
     nltk = pytest.importorskip("nltk.lm")
-    from nltk.util import everygrams
-    train, n = b"abracadabra, said the cadaver", 3
-    def padded(b): return [chr(0)] * (n - 1) + list(map(chr, b))
-    model = nltk.WittenBellInterpolated(n)
-    grams = [g for g in everygrams(padded(train), max_len=n) if g[-1] != chr(0)]
-    model.fit([grams], vocabulary_text=list(map(chr, range(1, 256))))
-    counts = Counter(train)
-    model.estimator.unigram_score = lambda byte: (counts[ord(byte)] + len(counts) / 255) / (len(train) + len(counts))
+    train, n = b"abracadabra, said the cadaver", 2
+    text = [chr(0), *map(chr, train)]
+    model = nltk.KneserNeyInterpolated(n, discount=.75)
+    model.fit([[*((o,) for o in text[1:]), *zip(text, text[1:])]], vocabulary_text=list(map(chr, range(1, 256))))
+    before = Counter(b for _, b in set(zip(text, text[1:])))
+    model.estimator.unigram_score = lambda byte: (max(before[byte] - .75, 0) + .75 * len(before) / 255) / before.total()
     ours = f.fit_ngram([train.decode()], n).probabilities([train])
-    x = padded(train)
-    assert list(ours) == pytest.approx([model.score(x[i], x[i - n + 1:i]) for i in range(n - 1, len(x))])
+    assert list(ours) == pytest.approx([model.score(b, [a]) for a, b in zip(text, text[1:])])
 
 
 @hypothesis_settings(max_examples=30, deadline=None)

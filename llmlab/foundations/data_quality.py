@@ -7,7 +7,7 @@ __all__ = ['COPIES', 'RULES', 'PLANTED', 'REQUESTS', 'passages', 'one_word_chang
            'cohen_kappa', 'fleiss_kappa', 'annotate', 'expected_kappa', 'majority_vote', 'MaskingFormatter',
            'MaskingFilter', 'log_requests', 'words_of', 'type_token', 'distinct_n', 'vocabulary_growth', 'with_copies',
            'plot_growth', 'effective_number', 'vendi', 'longest_match', 'most_likely', 'boundaries', 'boundary_f1',
-           'right_answers', 'stop_words', 'without_stop_words', 'ByteNgram', 'without_random_words', 'stop_word_bytes',
+           'right_answers', 'stop_words', 'without_stop_words', 'ngram_bits', 'without_random_words', 'stop_word_bytes',
            'with_typos', 'curve', 'plot_curves']
 
 # %% ../../nbs/00_foundations/05_data_quality.ipynb #63984e63
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from ..kit import corpora, data, ledger, metrics, models, stats, store
 from ..kit.settings import UsageError, settings
+from .language_model import NGram, fit_ngram
 
 # %% ../../nbs/00_foundations/05_data_quality.ipynb #5bf1cf3e
 def passages(
@@ -322,56 +323,13 @@ def without_stop_words(
     return re.sub(r"[ \t]+", " ", re.sub(r"\w+", lambda m: "" if m[0].lower() in words else m[0], text)).strip()
 
 # %% ../../nbs/00_foundations/05_data_quality.ipynb #389c3aee
-class ByteNgram:
-    "A language model over bytes: what follows the last few bytes, counted, with Kneser & Ney's (1995) way of leaning on shorter pieces; discount 3/4."
-    def __init__(self,
-        order:int=6,   # bytes of the longest piece, 1 to 7
-    ):
-        if not 1 <= order <= 7: raise UsageError(f"order={order} is out of range: 1 to 7 bytes fit into a 64-bit number")
-        self.order, self.levels = order, []
-
-    def _pieces(self, text):
-        "For each byte the pieces of 1 … order bytes that end there, as numbers."
-        raw = np.frombuffer(b"\n" * (self.order - 1) + _bytes(text), np.uint8).astype(np.int64)
-        n = len(raw) - self.order + 1
-        piece = np.zeros(n, np.int64)
-        for k in range(self.order):
-            piece = piece | raw[self.order - 1 - k:self.order - 1 - k + n] << 8 * k
-            yield piece
-
-    def fit(self,
-        texts,          # documents
-    )->"ByteNgram":
-        "Count the longest pieces; of each shorter one, how many different bytes it was found after. Raises `UsageError` for no text."
-        longest = [p for t in texts for p in list(self._pieces(t))[-1:]]
-        if not sum(map(len, longest)): raise UsageError("there is no text to count: pass at least one document that is not empty")
-        piece, count = np.unique(np.concatenate(longest), return_counts=True)
-        self.levels = []
-        for k in range(self.order - 1, -1, -1):
-            context, start = np.unique(piece >> 8, return_index=True)
-            self.levels.insert(0, (piece, count, context, np.add.reduceat(count, start), np.diff(np.append(start, len(piece)))))
-            piece, count = np.unique(piece & (1 << 8 * k) - 1, return_counts=True)
-        return self
-
-    def nats(self,
-        text,         # a string or bytes
-    )->np.ndarray:    # (bytes,)
-        "Negative log-likelihood of each byte."
-        p = np.full(len(_bytes(text)), 1 / 256)
-        for piece, (known, count, context, total, kinds) in zip(self._pieces(text), self.levels):
-            at, near = (np.searchsorted(a, q).clip(max=len(a) - 1) for a, q in ((known, piece), (context, piece >> 8)))
-            times = np.where(known[at] == piece, count[at] - .75, 0)
-            p = np.where(context[near] == piece >> 8, (times + .75 * kinds[near] * p) / total[near], p)
-        return -np.log(p)
-
-    def bits_per_byte(self,
-        texts,           # documents
-        resamples:int=2000,
-    )->stats.Estimate:
-        "Bits a byte of held-out text, resampled by document."
-        return metrics.bits_per_byte([self.nats(t).sum() for t in texts], [len(_bytes(t)) for t in texts], resamples=resamples)
-
-def _bytes(text): return text if isinstance(text, bytes) else text.encode()
+def ngram_bits(
+    counter:NGram,      # as `fit_ngram` counts it
+    texts,              # documents
+    resamples:int=2000,
+)->stats.Estimate:      # bits/byte
+    "Bits a byte of held-out text, resampled by document."
+    return metrics.bits_per_byte(counter.nats(texts), [len(t.encode()) for t in texts], resamples=resamples)
 
 # %% ../../nbs/00_foundations/05_data_quality.ipynb #e3f9ab33
 def without_random_words(

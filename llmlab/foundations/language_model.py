@@ -65,9 +65,9 @@ def _found(keys, values, wanted):
 
 @dataclass(frozen=True)
 class NGram:
-    "Counts of byte sequences up to length n."
+    "Counts of byte sequences of length n; of each shorter one, how many different bytes it was found after."
     n: int         # bytes of the longest gram: n − 1 of context and the next
-    tables: tuple  # for each length: grams, their counts, contexts, how often each occurred, how many different bytes followed it
+    tables: tuple  # for each length: grams, their counts, contexts, the sum of the counts of each, how many different bytes followed it
 
     @property
     def memory_bytes(self)->int: return sum(a.nbytes for t in self.tables for a in t)
@@ -75,13 +75,13 @@ class NGram:
     def probabilities(self,
         docs,         # bytes of each document
     )->np.ndarray:    # one a byte
-        "Probability of each byte after those before it, interpolated from short contexts to long ones (Witten and Bell 1991)."
+        "Probability of each byte after those before it, interpolated from short contexts to long ones (Kneser and Ney 1995), discount 3/4."
         full = grams(docs, self.n)
         p = np.full(len(full), 1 / 255)  # every byte but NUL
         for k, (keys, counts, contexts, times, kinds) in enumerate(self.tables, 1):
             gram = full & (256 ** k - 1)
             total, different = (_found(contexts, v, gram >> 8) for v in (times, kinds))
-            p = np.where(total > 0, (_found(keys, counts, gram) + different * p) / np.maximum(total + different, 1), p)
+            p = np.where(total > 0, (np.maximum(_found(keys, counts, gram) - .75, 0) + .75 * different * p) / np.maximum(total, 1), p)
         return p
 
     def nats(self,
@@ -96,13 +96,14 @@ def fit_ngram(
     texts,     # documents to count
     n:int=5,   # bytes of the longest gram, 1 to 7
 )->NGram:
-    "Count every byte sequence of 1 to n bytes."
+    "Count every sequence of n bytes, and what it says of the shorter ones."
     full, tables = grams([t.encode() for t in texts], n), []
     if not len(full): raise UsageError("the texts are empty: there is nothing to count")
-    for k in range(1, n + 1):
-        keys, counts = np.unique(full & (256 ** k - 1), return_counts=True)
+    keys, counts = np.unique(full, return_counts=True)
+    for k in range(n, 0, -1):
         contexts, first = np.unique(keys >> 8, return_index=True)
-        tables.append((keys, counts, contexts, np.add.reduceat(counts, first), np.diff(np.append(first, len(keys)))))
+        tables.insert(0, (keys, counts, contexts, np.add.reduceat(counts, first), np.diff(np.append(first, len(keys)))))
+        keys, counts = np.unique(keys & (256 ** (k - 1) - 1), return_counts=True)
     return NGram(n, tuple(tables))
 
 # %% ../../nbs/00_foundations/03_language_model.ipynb #353fcd39
