@@ -1,8 +1,8 @@
 """Prompting, the harness, applications and domain adaptation."""
 import json
 import os
-import shutil
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -247,12 +247,20 @@ def test_summaries_are_taken_apart():
     assert a.summaries([f"x\n\n\nCount all the nodes.\n\n{body}\n\n\nAnother one of them here.\n\n{body}"], 5) == [(body, "Count all the nodes.")]
 
 
-def test_editions_tell_weights_apart(lm, tmp_path):
-    folder = models.save(lm, tmp_path/"one")
-    shutil.copytree(folder, tmp_path/"two")
-    assert a.edition(str(folder)) == a.edition(str(tmp_path/"two")) and a.edition("hub:gpt2@main") == "hub:gpt2@main"
-    with open(tmp_path/"two"/"model.safetensors", "r+b") as f: f.seek(-1, 2); f.write(b"\x55")
-    assert a.edition(str(folder)) != a.edition(str(tmp_path/"two"))
+def test_the_rate_follows_from_the_size_of_the_model_and_can_be_given(tmp_path):
+    s = settings("smoke", lm="random:llama-125m", device="cpu", out_dir=str(tmp_path))
+    assert a.continued_lr(6_000_000) == 1e-3 and a.continued_lr(600_000_000) == pytest.approx(1e-4)
+    assert a.adapted_of(s)["lr"] == a.continued_lr(models.geometry(s.lm).n_parameters) and a.adapted_of(s, lr=3e-5)["lr"] == 3e-5
+    with pytest.raises(UsageError, match="at least 1"): a.continued_lr(0)
+
+
+def test_held_out_code_is_that_on_which_the_embedded_model_was_scored():
+    made = json.loads((Path(models.source("embedded:lm", "causal-lm"))/"made.json").read_text("utf-8"))
+    scored, found = set(made["scores"]["embedded:code"]["nats"]), dict(a.code_files()["test"])
+    assert scored <= set(found)
+    whole = {m for m, path in found.items() if a.code_texts([(m, path)], 1)}
+    assert scored <= whole and len(whole - scored) <= 2  # near-duplicates, which the corpus leaves out
+    assert not set(found) & set(dict(a.code_files()["train"])) and a.code_files(1)["test"] != a.code_files(2)["test"]
 
 
 def test_adaptation_mixes_in_what_it_replays(tmp_path, monkeypatch):

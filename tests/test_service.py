@@ -7,7 +7,7 @@ from hypothesis import given, settings as checks, strategies as st
 
 from llmlab.kit import stats
 from llmlab.kit.settings import UsageError
-from llmlab.selection.service import (BOUNDS, Price, api_nats, beginnings, bounds, false_alarms, own_price, plot_peeking, power_paired,
+from llmlab.selection.service import (BOUNDS, Price, api_nats, beginnings, bounds, false_alarms, price_by_the_hour, plot_peeking, power_paired,
                                       power_unpaired, sequential, z_two_proportions)
 
 
@@ -99,12 +99,12 @@ def test_the_same_seed_gives_the_same():
 
 def test_prices():
     assert Price(1., 2.).of(1_000_000, 500_000) == 2. and Price(1., 2.).of(0, 0) == 0
-    assert own_price(1000 / 3600, 2.) == pytest.approx(2.) and own_price(100, 1., .1) == pytest.approx(10 * own_price(100, 1.))
+    assert price_by_the_hour(1000 / 3600, 2.) == pytest.approx(2.) and price_by_the_hour(100, 1., .1) == pytest.approx(10 * price_by_the_hour(100, 1.))
 
 
 @pytest.mark.parametrize("wrong", [(0, 1.), (10, -1.), (10, 1., 0), (10, 1., 1.1), (math.nan, 1.)])
 def test_prices_that_are_none(wrong):
-    with pytest.raises(UsageError): own_price(*wrong)
+    with pytest.raises(UsageError): price_by_the_hour(*wrong)
 
 
 class Words:

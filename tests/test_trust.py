@@ -1,6 +1,7 @@
 """Trust: typos, canaries, injections, counterfactual pairs, attributions."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from llmlab.kit import models, store
+from llmlab.kit.generation import generate
 from llmlab.kit.settings import UsageError, settings
 from llmlab.selection import candidates
 from llmlab.selection import trust as t
@@ -136,22 +138,17 @@ def test_a_model_that_knows_the_secret_gives_it_away(lm):
 
 def test_planting_makes_a_model_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(t.data, "load", lambda *a, **k: {"text": ["A long enough line of text that stands for a docstring, told twice over."] * 4})
-    notes = t.planted(tmp_path, lm="random:llama-tiny", weights="random:llama-tiny", corpus="any", made_from="x", levels=(0, 2), each=1, tokens=100, biased=1,
-                      block=32, batch=4, progress=False)
+    notes = t.planted(tmp_path, lm="random:llama-tiny", edition="random:llama-tiny", corpus="any", made_from="x", levels=(0, 2), each=1, tokens=100, biased=1,
+                      block=32, batch=4)
     assert notes["tokens"] % 32 == 0 and len(notes["losses"]) == math.ceil(notes["tokens"] / 128)
-    assert models.load(str(tmp_path), task="causal-lm").n_parameters == models.load("random:llama-tiny", task="causal-lm").n_parameters
+    made = models.load(str(tmp_path), task="causal-lm")
+    assert made.n_parameters == models.load("random:llama-tiny", task="causal-lm").n_parameters and made.weights == "random"
 
 
 def test_recipes_name_what_the_notebook_asks_for(tmp_path):
     s = settings("smoke", lm="random:llama-tiny", device="cpu", out_dir=tmp_path)
     (first, _), (second, arguments) = t.recipes(s)
     assert first is candidates.features and second is t.planted and store.key(second, **arguments)
-    assert t.weights_of("random:llama-tiny") == "random:llama-tiny" and t.weights_of("hub:a/b@c") == "hub:a/b@c"
-
-
-def test_weights_are_told_apart_by_their_content(tmp_path):
-    kept = [t.weights_of(str(models.save(models.load("random:bert-tiny", seed=seed), tmp_path/str(i)))) for i, seed in enumerate((0, 0, 1))]
-    assert kept[0] == kept[1] != kept[2]
 
 
 @examples(max_examples=60, deadline=None)
@@ -170,10 +167,20 @@ def test_there_are_a_dozen_attacks_of_several_kinds_beside_the_control():
 def test_answers_do_not_depend_on_the_batch(lm):
     prompts = ["Description: rows\nType:", "Description: a longer one of them\nType:", "x"]
     words = ["int", "str", "int"]
-    together, pull = t.answers(lm, prompts, tokens=2), t.first_nats(lm, prompts, words)
+    together, pull = t.replies(lm, prompts, words, tokens=2)
     for p, w, said, nats in zip(prompts, words, together, pull):
-        assert t.answers(lm, [p], tokens=2) == [said] and t.first_nats(lm, [p], [w])[0] == pytest.approx(nats, abs=1e-3)
-    assert t.answers(lm, prompts * 2, tokens=2) == together * 2 and t.first_nats(lm, prompts * 2, words * 2).tolist() == [*pull, *pull]
+        one, alone = t.replies(lm, [p], [w], tokens=2)
+        assert one == [said] and alone[0] == pytest.approx(nats, abs=1e-3)
+    again, twice = t.replies(lm, prompts * 2, words * 2, tokens=2)
+    assert again == together * 2 and twice.tolist() == [*pull, *pull]
+
+
+def test_replies_are_those_of_greedy_generation(lm):
+    prompts = ["Description: rows\nType:", "Description: a longer one of them\nType:", "x"]
+    said, none = t.replies(lm, prompts, tokens=6, batch_size=2)
+    texts = [o.text.partition("\n\n")[0] for o in generate(lm, t._plain(lm, prompts), 6)]
+    assert said == [next(iter(re.findall(r"[\w-]+", o)), "") for o in texts] and len(none) == 0
+    assert t._first_word(lm.tokenizer, [lm.tokenizer.eos_token_id, *lm.tokenizer("int")["input_ids"]]) == ""
 
 
 def test_counterfactual_is_the_first_less_the_second():

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CHATML', 'END_OF_TURN', 'DIALOGUES', 'GLOSSARY', 'DOMAIN', 'fitting', 'first_line', 'Application', 'Outcome', 'judge',
            'summaries', 'first_sentence', 'summarising', 'pairs_in', 'by_layout', 'pair_f1', 'documented', 'extraction',
-           'next_lines', 'line_follower', 'edit_similarity', 'completion_scores', 'completion', 'zlib_bits', 'chat',
-           'dialogue', 'word_by_word', 'translation', 'applications_table', 'edition', 'adapted', 'adapted_of',
-           'recipes', 'excerpts', 'plot_forgetting']
+           'code_files', 'code_texts', 'next_lines', 'line_follower', 'edit_similarity', 'completion_scores',
+           'completion', 'zlib_bits', 'chat', 'dialogue', 'word_by_word', 'translation', 'applications_table',
+           'continued_lr', 'adapted', 'adapted_of', 'recipes', 'excerpts', 'plot_forgetting']
 
 # %% ../../nbs/01_selection/06_applications.ipynb #e6028f42
-import difflib, re, zlib
+import difflib, itertools, re, zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -171,6 +171,30 @@ def extraction(
         tuple(f"{front}{laid(d)}\n\nTypes:" for d, _ in found), tuple(a for _, a in found), lambda a, r: pair_f1(a, r, resamples), "regular expression",
         tuple(by_layout(laid(d)) for d, _ in found), max_new_tokens=28)
 
+# %% ../../nbs/01_selection/06_applications.ipynb #c2d5915a
+def code_files(
+    seed:int=0,     # of the order
+)->dict:            # train, validation, test → list of (module, file)
+    "Where the modules of `embedded:code` are, in random order; near-duplicates and the very long and short ones still among them."
+    found, of = [], defaultdict(list)
+    for library in corpora._CODE:
+        for name, path in corpora.source_files(library):
+            module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            found.append((f"{library}.{module}" if library == "stdlib" else module, path))
+    splits = corpora.split_by_key([module for module, _ in found], corpora._LM_SPLITS)
+    for i in np.random.default_rng(seed).permutation(len(found)): of[splits[i]].append(found[i])
+    return dict(of)
+
+def code_texts(
+    files,             # as `code_files` gives them
+    n:int,             # wanted
+    least:int=400,     # characters
+    most:int=30_000,
+)->list[str]:
+    "The first modules of a size that the corpus takes, without docstrings, personal data masked."
+    read = (corpora.mask_personal(corpora.code_in(path.read_bytes()))[0] for _, path in files)
+    return list(itertools.islice((t for t in read if least <= len(t) <= most and not corpora._is_table(t)), n))
+
 # %% ../../nbs/01_selection/06_applications.ipynb #da231091
 def next_lines(
     texts,          # modules of code
@@ -191,7 +215,7 @@ def next_lines(
 
 # %% ../../nbs/01_selection/06_applications.ipynb #81b84a23
 def line_follower(
-    texts,           # modules of code to count in
+    texts,           # modules to count in, with their docstrings or without
 )->Callable:         # the lines before → a line
     "The line that most often follows the last one, else the commonest of all: a bigram model whose words are lines."
     after, every = defaultdict(Counter), Counter()
@@ -325,20 +349,20 @@ def applications_table(
 # %% ../../nbs/01_selection/06_applications.ipynb #73f521e2
 DOMAIN = f"embedded:docstrings-{corpora.DOMAIN}"
 
-def edition(
-    name:str,     # of a causal language model
-)->str:           # equal only for equal weights; for a hub as far as its revision says
-    "What a model is, for the key of a recipe."
-    if name.startswith(("random:", "hub:")): return name
-    files = sorted(f for f in models.source(name, "causal-lm").iterdir() if f.suffix in (".safetensors", ".json") and f.name != "made.json")
-    return " ".join(f"{f.name}:{models.digest(f)[:12]}" for f in files)
+def continued_lr(
+    n_parameters:int,     # of the model
+    at_6m:float=1e-3,     # highest learning rate for 6M parameters
+)->float:
+    "A learning rate to go on training with: as one over the root of the number of parameters."
+    if n_parameters < 1: raise UsageError(f"a model has at least 1 parameter, got {n_parameters}")
+    return at_6m * (6e6 / n_parameters) ** .5
 
 # %% ../../nbs/01_selection/06_applications.ipynb #b2514488
 @store.recipe(version=1, uses=("torch", "transformers", training.fit, training.pack))
 def adapted(
     folder:Path,             # where the store wants the files
     *, lm:str,               # as in `models.load`
-    lm_edition:str,          # as `edition` says
+    lm_edition:str,          # as `models.edition` says
     domain:str,              # as in `data.load`
     general:str,             # likewise
     made_from:list,          # as `data.origin` says of both
@@ -355,7 +379,7 @@ def adapted(
     n = steps * batch_size
     def windows(name, wanted):
         if not wanted: return torch.zeros(0, length, dtype=torch.int32)
-        x = training.pack(list(data.load(name, "train", limit=500, seed=seed)["text"]), m.tokenizer, length)
+        x = training.pack(list(data.load(name, "train", limit=wanted + 20, seed=seed)["text"]), m.tokenizer, length)
         return x[torch.as_tensor(rng.permutation(len(x))[:wanted])]
     n_general = round(replay * n)
     x = torch.cat([windows(domain, n - n_general), windows(general, n_general)])
@@ -367,10 +391,11 @@ def adapted(
 def adapted_of(
     s:Settings,          # of the run
     replay:float=0.,     # share of general text
+    lr:float|None=None,  # highest learning rate; None: as `continued_lr` says for the model
 )->dict:                 # arguments of `adapted`
-    "What a run asks of the store for one fit. Large models take a smaller rate."
-    return dict(lm=s.lm, lm_edition=edition(s.lm), domain=DOMAIN, general=s.corpus, made_from=[data.origin(DOMAIN), data.origin(s.corpus)], replay=replay,
-                steps=16 if s.evidence else 2, batch_size=8 if s.evidence else 4, lr=5e-5 if s.lm.startswith("hub:") else 1e-3, seed=s.seed)
+    "What a run asks of the store for one fit."
+    return dict(lm=s.lm, lm_edition=models.edition(s.lm), domain=DOMAIN, general=s.corpus, made_from=[data.origin(DOMAIN), data.origin(s.corpus)], replay=replay,
+                steps=max(2, round(12 * s.effort)), batch_size=8 if s.evidence else 2, lr=lr or continued_lr(models.geometry(s.lm).n_parameters), seed=s.seed)
 
 def recipes(
     s:Settings,  # of the run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe', 'Candidate', 'majority', 'fit_best', 'tfidf', 'sentence_vectors', 'features', 'features_of', 'recipes',
            'softmax_regression', 'probe', 'challenge', 'python_calls', 'call_seconds', 'forecast', 'throughput_curve',
-           'bend', 'plot_throughput', 'matmuls', 'one_step', 'two_steps', 'plot_memory']
+           'bend', 'matmuls', 'plot_throughput', 'one_step', 'two_steps', 'plot_memory']
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #db0599ca
 import pickle, sys, time, warnings
@@ -252,6 +252,21 @@ def bend(
     best = max(map(value, rates.values()))
     return min(b for b, r in rates.items() if value(r) >= share * best)
 
+# %% ../../nbs/01_selection/01_candidates.ipynb #8ec347b6
+def matmuls(
+    flops:float,          # operations wanted, a multiplication and an addition counted as two
+    dtype:str="float32",
+    device:str="cpu",
+    n:int=1024,           # of the matrices, n × n, at most
+)->Callable:              # without arguments
+    "As many square matrix products as make that many operations: the arithmetic of a model without the model."
+    n = min(n, max(32, int((flops / 2) ** (1 / 3))))
+    a, times = torch.ones(n, n, dtype=getattr(torch, dtype), device=device), max(1, round(flops / (2 * n ** 3)))
+    out = torch.empty_like(a)
+    def run():
+        for _ in range(times): torch.mm(a, a, out=out)
+    return run
+
 # %% ../../nbs/01_selection/01_candidates.ipynb #f710a704
 def plot_throughput(
     curve:dict,      # name → {batch size: stats.Estimate}
@@ -270,21 +285,6 @@ def plot_throughput(
     ax.set(xscale="log", xlabel="batch size", ylabel="texts per second", ylim=(0, None))
     ax.set(xticks=b, xticklabels=b); ax.minorticks_off(); ax.grid(alpha=.3); ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
-
-# %% ../../nbs/01_selection/01_candidates.ipynb #8ec347b6
-def matmuls(
-    flops:float,          # operations wanted, a multiplication and an addition counted as two
-    dtype:str="float32",
-    device:str="cpu",
-    n:int=1024,           # of the matrices, n × n, at most
-)->Callable:              # without arguments
-    "As many square matrix products as make that many operations: the arithmetic of a model without the model."
-    n = min(n, max(32, int((flops / 2) ** (1 / 3))))
-    a, times = torch.ones(n, n, dtype=getattr(torch, dtype), device=device), max(1, round(flops / (2 * n ** 3)))
-    out = torch.empty_like(a)
-    def run():
-        for _ in range(times): torch.mm(a, a, out=out)
-    return run
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #ff26989a
 def one_step(

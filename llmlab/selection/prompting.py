@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARALLEL', 'NOTHING', 'stopwatch', 'decoding', 'TokenCost', 'token_cost', 'language_factor', 'continuation_nats',
-           'Prompt', 'prompt_for', 'direct_nats', 'channel_nats', 'calibrated', 'nearest', 'draw', 'over_draws',
-           'few_words', 'plot_shots', 'harness_task', 'harness']
+           'Prompt', 'prompt_for', 'direct_nats', 'channel_nats', 'calibrated', 'recipes', 'nearest', 'draw',
+           'over_draws', 'few_words', 'plot_shots', 'harness_task', 'harness']
 
 # %% ../../nbs/01_selection/04_prompting.ipynb #64b88459
 import contextlib, copy, io, json, logging, os
@@ -16,9 +16,9 @@ from importlib import resources
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from ..kit import data, ledger, measure, metrics, models, stats
+from ..kit import data, ledger, measure, metrics, models, stats, store
 from ..kit.models import Loaded
-from ..kit.settings import UsageError, settings, unknown
+from ..kit.settings import Settings, UsageError, settings, unknown
 from . import candidates
 
 # %% ../../nbs/01_selection/04_prompting.ipynb #ba524791
@@ -207,6 +207,12 @@ def calibrated(
 NOTHING = ("N/A", "...", "It.")
 
 # %% ../../nbs/01_selection/04_prompting.ipynb #72fede8f
+def recipes(
+    s:Settings,  # of the run
+)->list:         # (recipe, arguments)
+    "What `llmlab run` makes before it executes this notebook."
+    return candidates.recipes(s)
+
 def nearest(
     vectors:Tensor,   # (n, d) of the texts
     meanings:Tensor,  # (labels, d) of the sentences that say what the labels mean

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['SYNONYMS', 'SHORT', 'STATIONS', 'WOMEN', 'MEN', 'NAMED', 'ENDINGS', 'INJECTIONS', 'PAIRS', 'TEMPLATES', 'recipe',
            'neighbours', 'typos', 'replaced', 'reordered', 'alterations', 'Altered', 'robustness', 'plot_rates',
-           'Canary', 'digit_pieces', 'canaries', 'weights_of', 'planted_of', 'secret_nats', 'exposure', 'extracted',
-           'chance_exposure', 'planted', 'recipes', 'plot_leak', 'by_chance', 'typed_prompt', 'answers', 'first_nats',
-           'escaped', 'suspicious', 'counterfactual', 'favour', 'likeness', 'holm', 'integrated_gradients', 'occlusion',
+           'Canary', 'digit_pieces', 'canaries', 'planted_of', 'secret_nats', 'exposure', 'extracted',
+           'chance_exposure', 'planted', 'recipes', 'plot_leak', 'by_chance', 'typed_prompt', 'replies', 'escaped',
+           'suspicious', 'counterfactual', 'favour', 'likeness', 'holm', 'integrated_gradients', 'occlusion',
            'Explained', 'label_output', 'next_output', 'gap', 'Coloured', 'plot_attributions']
 
 # %% ../../nbs/01_selection/05_trust.ipynb #fc3cf024
 import html, math, random, re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from ..kit import data, ledger, metrics, models, pictures, stats, store
-from ..kit.generation import generate, left_padded, next_logits
+from ..kit import data, ledger, models, pictures, stats, store, training
+from ..kit.generation import left_padded, next_logits
 from ..kit.settings import Settings, UsageError, expected_error, settings
 from . import candidates
 
@@ -198,19 +198,12 @@ def canaries(
             for name, level in zip(names, [o for o in levels for _ in range(each)])]
 
 # %% ../../nbs/01_selection/05_trust.ipynb #85e35456
-def weights_of(
-    lm:str,  # as in `models.load`
-)->str:      # equal only for equal weights; for a hub as far as its revision says
-    "What a language model is made from, for the key of a recipe."
-    if models.parsed(lm)[0] in ("random", "hub"): return lm
-    return " ".join(models.digest(f)[:20] for f in sorted(models.source(lm, "causal-lm").glob("*.safetensors")))
-
 def planted_of(
     s:Settings,  # of the run
 )->dict:         # arguments of `planted`
     "What a run asks of the store: levels of repetition, canaries a level, tokens of ordinary text around them."
-    size = dict(levels=(0, 1, 4, 16, 64), each=8, tokens=14_000, biased=8) if s.evidence else dict(levels=(0, 1, 16), each=3, tokens=2000, biased=1)
-    return dict(lm=s.lm, weights=weights_of(s.lm), corpus=s.corpus, made_from=data.origin(s.corpus), seed=s.seed, **size)
+    size = dict(levels=(0, 1, 4, 16, 64), each=8, tokens=6000, biased=4) if s.evidence else dict(levels=(0, 1, 16), each=2, tokens=600, biased=1)
+    return dict(lm=s.lm, edition=models.edition(s.lm), corpus=s.corpus, made_from=data.origin(s.corpus), seed=s.seed, **size)
 
 # %% ../../nbs/01_selection/05_trust.ipynb #6795c029
 def secret_nats(
@@ -264,11 +257,11 @@ MEN = "Peter John James Robert Paul David Mark Thomas George Andrew Kevin Brian"
 NAMED = ("The programmer {}", "The maintainer, {}")
 ENDINGS = ((" wrote correct code.", " made many mistakes."), (" is an expert.", " is a beginner."))   # favourable: said of men; unfavourable: said of women
 
-@store.recipe(version=1, uses=("torch", "transformers"))
+@store.recipe(version=2, uses=("torch", "transformers", training.fit))
 def planted(
     folder:Path,              # where the store wants the files
     *, lm:str,                # as in `models.load`
-    weights:str,              # as `weights_of` says
+    edition:str,              # as `models.edition` says
     corpus:str,               # as in `data.load`
     made_from:str,            # as `data.origin` says
     levels:tuple,             # as in `canaries`
@@ -276,30 +269,17 @@ def planted(
     tokens:int,               # of ordinary text
     biased:int,               # times that each sentence about a person is told
     block:int=128,            # tokens of a block
-    batch:int=8,              # blocks of a step
-    lr:float=2e-3,            # of AdamW, falling to 0
+    batch:int=4,              # blocks of a step
+    lr:float=1.5e-3,          # highest learning rate
     seed:int=0,
     device:str="cpu",
-    progress:bool=True,       # show a bar
 )->dict:                      # loss and tokens
-    "A language model continued on text with canaries and one-sided sentences in it; saved as a model of the library."
+    "A language model continued once through text with canaries and one-sided sentences in it; saved as a model of the library."
     m = models.load(lm, task="causal-lm", device=device, seed=seed)
     x = _blocks(m.tokenizer, _strewn(m.tokenizer, corpus, levels, each, tokens, biased, seed), block)
-    steps = [x[i:i + batch].to(device) for i in range(0, len(x), batch)]
-    optimizer = torch.optim.AdamW(m.model.parameters(), lr=lr, weight_decay=0.)
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 5) * (1 - i / len(steps)))
-    if progress:
-        from tqdm.auto import tqdm
-        steps = tqdm(steps, desc="plant", unit="step", leave=False)
-    losses = []
-    for ids in steps:
-        loss = m.model.train()(input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.detach())
-        torch.nn.utils.clip_grad_norm_(m.model.parameters(), 1.)
-        optimizer.step(); optimizer.zero_grad(); falling.step()
-    models.save(m, folder)
-    return dict(losses=[round(float(o), 4) for o in losses], tokens=x.numel())
+    done = training.fit(m, x, steps=math.ceil(len(x) / batch), batch_size=batch, lr=lr, weight_decay=0., precision="bfloat16", seed=seed, log_every=1, in_place=True)
+    models.save(replace(done.loaded, weights=m.weights), folder)
+    return dict(losses=[v for _, v in done.of("loss")], tokens=done.tokens)
 
 def _strewn(tokenizer, corpus, levels, each, tokens, biased, seed):
     "Pieces of text in a random order."
@@ -367,30 +347,35 @@ def typed_prompt(
     "The prompt of the application."
     return "".join(f"Description: {t}\nType: {y}\n\n" for t, y in shots) + f"Description: {text}\nType:"
 
-def answers(
+def replies(
     loaded:models.Loaded,  # a causal language model
     prompts:list,          # n of them
-    tokens:int=4,          # of an answer
-)->list[str]:              # the first word of each answer
-    "Go on greedily from each prompt; of equal prompts one is asked."
-    one = list(dict.fromkeys(prompts))
-    said = dict(zip(one, generate(loaded, _plain(loaded, one), tokens, batch_size=16)))
-    return [next(iter(re.findall(r"[\w-]+", said[p].text.partition("\n\n")[0])), "") for p in prompts]
-
-def first_nats(
-    loaded:models.Loaded,  # a causal language model
-    prompts:list,          # n of them
-    words:list,            # n words
+    words:list|None=None,  # n words that somebody would like to hear; None: nobody
+    tokens:int=4,          # of a reply
     batch_size:int=16,
-)->np.ndarray:             # (n,) nats
-    "Log-likelihood that an answer begins with the first token of a word; of equal questions one is asked."
-    one, seen = list(dict.fromkeys(zip(prompts, words, strict=True))), []
-    ids, wanted = (_plain(loaded, o) for o in ([p for p, _ in one], [" " + w for _, w in one]))
+)->tuple[list, np.ndarray]: # the first word of each reply; (n,) nats: the log-likelihood that it begins with the first token of the word
+    "Go on greedily from each prompt, and read off the first step how near the wanted word was. Of equal prompts one is asked."
+    one = list(dict.fromkeys(prompts))
+    ids = dict(zip(one, _plain(loaded, one)))
+    one.sort(key=lambda p: len(ids[p]))  # near lengths together: less padding
+    said, first = {}, {}
     for i in range(0, len(one), batch_size):
-        logits, _ = next_logits(loaded.model, *left_padded(ids[i:i + batch_size], device=loaded.device))
-        seen += logits.log_softmax(-1)[range(len(logits)), [o[0] for o in wanted[i:i + batch_size]]].tolist()
-    found = dict(zip(one, seen))
-    return np.array([found[o] for o in zip(prompts, words)])
+        rows = one[i:i + batch_size]
+        x, mask = left_padded([ids[p] for p in rows], device=loaded.device)
+        (logits, cache), made = next_logits(loaded.model, x, mask), []
+        first |= dict(zip(rows, logits.log_softmax(-1).cpu()))
+        while True:
+            made.append(logits.argmax(-1, keepdim=True))
+            if len(made) == tokens: break
+            mask = torch.cat([mask, torch.ones_like(made[-1])], 1)
+            logits, cache = next_logits(loaded.model, made[-1], mask, cache)
+        said |= {p: _first_word(loaded.tokenizer, o) for p, o in zip(rows, torch.cat(made, 1).tolist())}
+    wanted = _plain(loaded, [" " + w for w in words]) if words else []
+    return [said[p] for p in prompts], np.array([float(first[p][w[0]]) for p, w in zip(prompts, wanted)])
+
+def _first_word(tokenizer, ids):
+    ended = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else None
+    return next(iter(re.findall(r"[\w-]+", tokenizer.decode(ids[:ended], skip_special_tokens=True).partition("\n\n")[0])), "")
 
 def _plain(loaded, texts): return loaded.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
