@@ -82,7 +82,7 @@ def test_random_weights_are_finite_and_leave_the_generator_alone():
     assert model(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name, width", [("Llama 6M", 6), ("Llama 13M", 13), ("Llama 30M", 30), ("Llama 60M", 60)])
+@pytest.mark.parametrize("name, width", [("Llama 6M", 6), ("Llama 13M", 13), ("Llama 60M", 60)])
 def test_the_sizes_are_what_they_are_called(name, width):
     n = geometry.geometry_of(m.llama_config(*m.LLAMAS[name])).n_parameters / 1e6
     assert abs(n / width - 1) < .05

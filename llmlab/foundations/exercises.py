@@ -61,8 +61,8 @@ def check_causal_mask(
 def check_rotate(
     rotate:Callable, # (x, positions, base) → (T, D)
 )->str:              # "correct", or AssertionError that says what is wrong
-    "Its two properties first, then the library's own rotation."
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    "Its two properties first, then the rotation of the notebook on attention, whose blocks are Llama's in the notebook on transformers."
+    from llmlab.foundations.attention import rotate as turned
     g = torch.Generator().manual_seed(0)
     for T, D, base in ((5, 8, 10_000.), (3, 2, 100.), (7, 32, 500_000.)):
         x, positions = torch.randn(T, D, generator=g), torch.arange(T, dtype=torch.float32)
@@ -73,8 +73,7 @@ def check_rotate(
         far = rotate(x, positions + 9, base)
         assert torch.allclose(got @ got.T, far @ far.T, atol=1e-3), ("q · k must depend on the distance of the positions alone, "
             "and yours changes when all move by 9")
-        angle = torch.outer(positions, base ** (-torch.arange(0, D, 2) / D)).repeat(1, 2)
-        want = apply_rotary_pos_emb(x[None, None], x[None, None], angle.cos()[None], angle.sin()[None])[0][0, 0]
+        want = turned(x, torch.outer(positions, base ** (-torch.arange(0, D, 2) / D)))
         assert torch.allclose(got, want, atol=1e-4), (f"D={D}, base={base:g}: largest difference {(got - want).abs().max():.3g}: "
             "are i and i + D/2 a pair, and is the exponent −2i/D?")
     return "correct"
@@ -151,14 +150,14 @@ def check_split(
 def check_kappa(
     kappa:Callable, # (a, b) → float
 )->str:             # "correct", or AssertionError that says what is wrong
-    "Compare with scikit-learn, on even and on rare classes."
-    from sklearn.metrics import cohen_kappa_score
+    "Compare with the notebook on data quality, which is scikit-learn's there, on even and on rare classes."
+    from llmlab.foundations.data_quality import cohen_kappa
     assert abs(kappa(["a", "b", "a"], ["a", "b", "a"]) - 1) < 1e-9, "who always agree have κ = 1"
     rng = np.random.default_rng(0)
     for labels, p in (("yn", (.5, .5)), ("yn", (.95, .05)), ("abc", (.6, .3, .1))):
         a = rng.choice(list(labels), 300, p=p).tolist()
         b = [x if rng.random() < .8 else str(rng.choice(list(labels))) for x in a]
-        want, got = cohen_kappa_score(a, b), kappa(a, b)
+        want, got = cohen_kappa(a, b), kappa(a, b)
         assert got is not None and math.isfinite(got), f"a finite number is asked for, got {got!r}"
         agree = np.mean([x == y for x, y in zip(a, b)])
         assert abs(got - agree) > 1e-6, f"{agree:.3f} is how often they agree; chance has to be taken off"

@@ -136,7 +136,7 @@ def token_stream(
 
 # %% ../../nbs/00_foundations/06_measuring.ipynb #6a4018db
 LLAMAS = {"Llama 6M": (256, 6, 4, 704, 4096), "Llama 13M": (384, 6, 6, 1152, 4096), # width, layers, heads, MLP, vocabulary
-          "Llama 30M": (512, 8, 8, 1408, 8192), "Llama 60M": (640, 10, 10, 1728, 16000)}
+          "Llama 60M": (640, 10, 10, 1728, 16000)}
 
 def llama_config(
     width:int, layers:int, heads:int, mlp:int, vocabulary:int
