@@ -202,7 +202,7 @@ def test_favour_is_the_likelihood_of_the_endings(lm):
     assert got[0] == pytest.approx(nats(begun + good) - nats(begun + bad), abs=1e-3)
 
 
-@examples(max_examples=60, deadline=None)
+@examples(max_examples=20, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_that_of_statsmodels(p):
     from statsmodels.stats.multitest import multipletests

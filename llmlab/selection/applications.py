@@ -394,8 +394,9 @@ def adapted_of(
     lr:float|None=None,  # highest learning rate; None: as `continued_lr` says for the model
 )->dict:                 # arguments of `adapted`
     "What a run asks of the store for one fit."
-    return dict(lm=s.lm, lm_edition=models.edition(s.lm), domain=DOMAIN, general=s.corpus, made_from=[data.origin(DOMAIN), data.origin(s.corpus)], replay=replay,
-                steps=max(2, round(12 * s.effort)), batch_size=8 if s.evidence else 2, lr=lr or continued_lr(models.geometry(s.lm).n_parameters), seed=s.seed)
+    return dict(lm=s.lm, lm_edition=models.edition(s.lm), domain=DOMAIN, general=s.corpus, made_from=[data.origin(DOMAIN), data.origin(s.corpus)],
+                replay=replay, steps=max(2, round(12 * s.effort)), batch_size=8 if s.evidence else 2, seed=s.seed,
+                lr=lr or continued_lr(models.geometry(s.lm).n_parameters))
 
 def recipes(
     s:Settings,  # of the run

@@ -277,7 +277,8 @@ def planted(
     "A language model continued once through text with canaries and one-sided sentences in it; saved as a model of the library."
     m = models.load(lm, task="causal-lm", device=device, seed=seed)
     x = _blocks(m.tokenizer, _strewn(m.tokenizer, corpus, levels, each, tokens, biased, seed), block)
-    done = training.fit(m, x, steps=math.ceil(len(x) / batch), batch_size=batch, lr=lr, weight_decay=0., precision="bfloat16", seed=seed, log_every=1, in_place=True)
+    done = training.fit(m, x, steps=math.ceil(len(x) / batch), batch_size=batch, lr=lr, weight_decay=0., precision="bfloat16", seed=seed,
+        log_every=1, in_place=True)
     models.save(replace(done.loaded, weights=m.weights), folder)
     return dict(losses=[v for _, v in done.of("loss")], tokens=done.tokens)
 
