@@ -7,7 +7,7 @@ __all__ = ['recipes', 'recipe_quantize', 'recipe_size', 'converted', 'PackedWeig
            'QuantizedEmbedding', 'already_quantized', 'fused', 'with_packed', 'weight_only', 'rounded', 'dequantized',
            'noise', 'plot_lost', 'torchao_quantized', 'torchao_int4', 'torchao_int8', 'plot_peaks', 'captured',
            'integer_matmul', 'IntegerLinear', 'dynamic', 'FullRange', 'library_dynamic', 'input_ranges', 'static',
-           'linear_seconds', 'foretell']
+           'linear_call', 'foretell']
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #3c9bc3d6
 import copy, math
@@ -45,7 +45,7 @@ def converted(
     model:nn.Module,
 )->list[str]:         # names
     "The modules whose weights are packed by torch."
-    return [n for n, m in model.named_modules() if type(m).__module__.startswith("torch.ao.nn.quantized") and hasattr(m, "_packed_params")]
+    return [n for n, m in model.named_modules() if type(m).__module__.startswith("torch.ao.nn.quantized") and hasattr(m, "out_features")]
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #d20201fa
 class PackedWeight(nn.Module):
@@ -170,7 +170,7 @@ def with_packed(
     partial:bool=False, # leave what is no matrix, such as fused experts, in floats
     in_place:bool=False,
 )->tuple[Loaded, Changes]:
-    "Put packed matrices where float ones were; what shares weights shares the packed ones. Raises `UsageError` for another shape, and for weights that would be torn apart."
+    "Put packed matrices where float ones were; what shares weights shares them packed. Raises `UsageError` for another shape, and for weights torn apart."
     out = _begin(loaded, partial, in_place)
     groups = _sharing(compression.matrices(out, embeddings=True))
     if extra := set(chosen) - {p.name for g in groups for p in g}: raise UsageError(f"{loaded.name} has no matrix {sorted(extra)[0]!r}")
@@ -335,7 +335,7 @@ def plot_peaks(
     if axes is None: axes = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")[1]
     for i, what in enumerate(("what flows in", "weights")): axes[0].plot([o[i] for o in peaks.values()], "o", ms=4, color=f"C{i}", label=what)
     axes[0].set(yscale="log", xlabel="matrix, in the model's order", ylabel="largest / root mean square"); axes[0].legend(frameon=False)
-    axes[1].bar(range(len(columns)), columns, width=1., color="C0")
+    axes[1].vlines(range(len(columns)), 0, columns, color="C0", lw=1)
     axes[1].set(xlabel=f"column of what flows into {worst}", ylabel="largest magnitude")
     for ax in axes: ax.spines[["top", "right"]].set_visible(False)
     return axes
@@ -509,22 +509,21 @@ def static(
     return _integer(loaded, ranges, embeddings, partial, in_place)
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #2f077215
-def linear_seconds(
+def linear_call(
     loaded:Loaded,  # a model
     call,           # runs it once
-    n:int=3,        # samples of each kind of layer
-)->float:           # seconds
-    "How long the linear layers of one call take: each kind and shape timed alone, times how often it runs."
-    kinds, counts = {}, {}
-    def watch(m, args):
-        key = (type(m), tuple(args[0].shape), m.out_features)
-        kinds.setdefault(key, (m, args[0].detach().clone())); counts[key] = counts.get(key, 0) + 1
+):                  # called without arguments
+    "The linear layers of one call, each with the input that it got, in order and with nothing in between."
+    steps = []
+    watch = lambda m, args: steps.append((m, args[0].detach()))
     hooks = [m.register_forward_pre_hook(watch) for m in loaded.model.modules() if hasattr(m, "out_features") and hasattr(m, "in_features")]
     try: call()
     finally:
         for h in hooks: h.remove()
-    with torch.inference_mode():
-        return sum(counts[k] * measure.time_calls(lambda m=m, x=x: m(x), n, 1, unit="s", device=str(loaded.device)).value for k, (m, x) in kinds.items())
+    def run():
+        with torch.inference_mode():
+            for m, x in steps: m(x)
+    return run
 
 def foretell(
     models_:dict,       # name → Loaded; the first is fp32
@@ -537,7 +536,7 @@ def foretell(
     "Two forecasts of how long each variant takes, both resting on the measured time of fp32."
     first, *_ = models_
     whole = measure.time_calls(calls[first], n, 1, unit="s").value
-    linear = {name: linear_seconds(m, calls[name], n) for name, m in models_.items()}
+    linear = {name: measure.time_calls(linear_call(m, calls[name]), n, 1, unit="s").value for name, m in models_.items()}
     rate = lambda name: "float32" if name == first or "weights" in name else "int8"
     floor = {name: (linear_flops / ceilings.rate(rate(name)) + (flops - linear_flops) / ceilings.rate("float32")) / 1e9 for name in models_}
     rest = max(whole - linear[first], 0)
