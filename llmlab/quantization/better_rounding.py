@@ -11,7 +11,7 @@ __all__ = ['group_scale', 'nearest_matrix', 'with_rounded', 'nearest', 'layer_er
 # %% ../../nbs/03_quantization/03_better_rounding.ipynb #1348a562
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from ..kit import models
@@ -20,6 +20,7 @@ from ..kit.models import Loaded
 from ..kit.settings import UsageError
 from ..kit.stats import Estimate, Shown, Table, estimate
 from .arithmetic import Quantized, choose_scale, fake_quantize, from_codes, to_codes
+from .post_training import with_packed
 
 # %% ../../nbs/03_quantization/03_better_rounding.ipynb #573039f7
 def group_scale(
@@ -67,10 +68,14 @@ def with_rounded(
     loaded:Loaded,             # a model; it stays as it is unless `in_place`
     rounded:dict,              # module name → Quantized
     done:str,                  # what was done, for the report
-    *, in_place:bool=False,
+    *, packed:bool=False,      # keep the codes in packed bytes, as `weight_only` does, instead of floats with the rounded values
+    in_place:bool=False,
 )->tuple[Loaded, Changes]:
-    "The model with rounded weights, as floats where the model can be run by anything; the report counts the bytes of the packed codes."
+    "The model with rounded weights; the report counts the bytes of the packed codes either way."
     out, changes = loaded if in_place else copied(loaded), []
+    if packed:
+        out, found = with_packed(out, rounded, partial=True, in_place=True)
+        return out, Changes([replace(c, done=f"{done}, {c.done}") if c.done else c for c in found])
     for p in matrices(out):
         before = p.weight.nbytes
         if (q := rounded.get(p.name)) is None:
@@ -94,12 +99,13 @@ def nearest(
     loaded:Loaded,        # a model
     bits:int=4,           # 1 to 8
     group_size:int=64,    # as in `group_scale`
-    *, in_place:bool=False,
+    *, packed:bool=False, # as in `with_rounded`
+    in_place:bool=False,
     **how,                # of `group_scale`
 )->tuple[Loaded, Changes]:
     "Plain rounding of every matrix but the head. Raises `UsageError` for bits out of range or weights that are not finite."
     rounded = {p.name: nearest_matrix(p.weight, bits, group_size, **how) for p in _checked(loaded, bits, group_size)}
-    return with_rounded(loaded, rounded, "nearest", in_place=in_place)
+    return with_rounded(loaded, rounded, "nearest", packed=packed, in_place=in_place)
 
 # %% ../../nbs/03_quantization/03_better_rounding.ipynb #fff2228e
 def layer_error(
@@ -187,6 +193,7 @@ def gptq(
     group_size:int=64,       # as in `group_scale`
     *, sequential:bool=False,# each layer sees what the rounded layers before it give: a pass a layer
     flow:dict|None=None,     # statistics with Hessians that are there already; not for `sequential`
+    packed:bool=False,       # as in `with_rounded`
     in_place:bool=False,
     **how,                   # damping, act_order, static of `gptq_matrix`; fitted, symmetric of `group_scale`
 )->tuple[Loaded, Changes]:
@@ -200,7 +207,7 @@ def gptq(
         rounded |= {p.name: gptq_matrix(p.weight, seen[p.name].hessian, bits, group_size, **how) for p in stage}
         if sequential:
             for p in stage: set_weight(here[p.name], rounded[p.name].dequantize(p.weight.dtype))
-    return with_rounded(out, rounded, "GPTQ", in_place=True)
+    return with_rounded(out, rounded, "GPTQ", packed=packed, in_place=True)
 
 # %% ../../nbs/03_quantization/03_better_rounding.ipynb #ade5ab26
 def gptq_options(
@@ -320,6 +327,7 @@ def awq(
     group_size:int=64,    # as in `group_scale`
     *, grid:int=20,       # as in `awq_scale`
     flow:dict|None=None,  # statistics with Hessians that are there already
+    packed:bool=False,    # as in `with_rounded`
     in_place:bool=False,
     **how,                # of `group_scale`
 )->tuple[Loaded, Changes]:
@@ -332,9 +340,9 @@ def awq(
         by, alpha, _ = awq_scale([here[t].weight.float() for t in f.targets], seen.hessian, seen.rms, bits, group_size, grid=grid, **how)
         scale_columns(out, f, by.to(out.device))
         alphas |= dict.fromkeys(f.targets, alpha)
-    out, changes = nearest(out, bits, group_size, in_place=True, **how)
+    out, changes = nearest(out, bits, group_size, packed=packed, in_place=True, **how)
     said = lambda c: f"AWQ α={alphas[c.module]:.2f}, {bits} bits" if c.module in alphas else f"nearest (no place to fold), {bits} bits"
-    return out, Changes([Change(c.module, c.part, c.done and said(c), c.before_bytes, c.after_bytes, c.reason) for c in changes])
+    return out, Changes([replace(c, done=c.done and said(c)) for c in changes])
 
 # %% ../../nbs/03_quantization/03_better_rounding.ipynb #afeed9da
 def outlier_profile(
@@ -550,6 +558,7 @@ def mixed_precision(
     *, bits=(2, 3, 4, 6),   # to choose from
     group_size:int=64,
     seed:int=0,             # as in `sensitivity`
+    packed:bool=False,      # as in `with_rounded`
     in_place:bool=False,
     **how,                  # of `gptq_matrix`
 )->tuple[Loaded, Changes]:
@@ -558,7 +567,7 @@ def mixed_precision(
     half = len(batches) // 2
     options = gptq_options(loaded, batches[:half], bits, group_size, **how)
     plan = plan_bits(options, sensitivity(loaded, batches[half:], options, seed), budget_bytes)
-    return with_rounded(loaded, {n: options[n][b] for n, b in plan.bits.items()}, "GPTQ, mixed", in_place=in_place)
+    return with_rounded(loaded, {n: options[n][b] for n, b in plan.bits.items()}, "GPTQ, mixed", packed=packed, in_place=in_place)
 
 # %% ../../nbs/03_quantization/03_better_rounding.ipynb #e05b2384
 def plot_budget(
@@ -575,7 +584,7 @@ def plot_budget(
         ends = [[e.value - max(e.low, e.value - 10)], [min(e.high, e.value + 10) - e.value]]
         ax.errorbar(x, e.value, ends, fmt="o", color=color, capsize=2, label="measured" if not i else None)
         ax.plot(x, forecast[k], "o", mfc="none", color=color, ms=11, label="forecast" if not i else None)
-        ax.annotate(k, (x, max(e.value, forecast[k])), xytext=(6, 8), textcoords="offset points", fontsize=9)
+        ax.annotate(k, (x, max(e.value, forecast[k])), xytext=(6, -14) if k == "mixed" else (6, 8), textcoords="offset points", fontsize=9, color=color)
     ax.set(xlabel="MB of the rounded matrices", ylabel="bits a byte lost")
     ax.margins(.15); ax.grid(alpha=.3); ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
     return ax

@@ -115,7 +115,8 @@ def codes_of(
 
 def convert(
     loaded:Loaded,        # a model of `prepare`, trained
-    *, in_place:bool=False,
+    *, packed:bool=False, # keep the codes in packed bytes, as `weight_only` does
+    in_place:bool=False,
 )->tuple[Loaded, Changes]:
     "An ordinary model with the rounded weights. Raises `UsageError` for a model that was not prepared."
     codes, out = codes_of(loaded), loaded if in_place else copied(loaded)
@@ -123,7 +124,7 @@ def convert(
         kind = type(module)  # a copy shares its class with the original, and torch takes `weight` out of the class
         module.__class__ = type(kind.__name__, kind.__bases__, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")})
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-    return with_rounded(out, codes, "QAT", in_place=True)
+    return with_rounded(out, codes, "QAT", packed=packed, in_place=True)
 
 # %% ../../nbs/03_quantization/04_qat.ipynb #e5452460
 LOSSES = ("text", "teacher")
@@ -186,7 +187,7 @@ def load_packed(
 STARTS = ("nearest", "gptq")
 
 @store.recipe(version=1, uses=("torch", "transformers", training.fit, training.pack, compression.calibration, compression.input_statistics,
-                               "module:llmlab.quantization.arithmetic", "module:llmlab.quantization.better_rounding"))
+                               choose_scale, to_codes, from_codes, Quantized.packed, gptq_options, nearest_matrix, with_rounded))
 def trained_rounded(
     folder:Path,            # where the store wants the files
     *, lm:str,              # as in `models.load`
@@ -269,5 +270,6 @@ def plot_curves(
     ax = ax or plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
     for name, curve in curves.items(): ax.plot(*zip(*[(c["step"], c["loss"]) for c in curve if "loss" in c]), "o-", ms=3, label=name)
     ax.set(xlabel="step", ylabel="training loss, nats a token")
-    ax.grid(alpha=.3); ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8)
+    ax.grid(alpha=.3); ax.spines[["top", "right"]].set_visible(False)
+    if curves: ax.legend(frameon=False, fontsize=8)
     return ax
