@@ -33,8 +33,8 @@ def grouped(
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
     scale = extreme / -8 if bits == 4 else np.abs(extreme) / 127
     steps = blocks * np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    steps = np.floor(steps + .5) if bits == 4 else np.trunc(steps + np.copysign(.5, steps))  # ties as in ggml
-    codes = (steps + top).clip(0, 2 * top - 1).astype(np.uint8)
+    codes = np.floor(steps + np.float32(8.5)) if bits == 4 else np.trunc(steps + np.copysign(np.float32(.5), steps)) + top  # ties as in ggml
+    codes = codes.clip(0, 2 * top - 1).astype(np.uint8)
     return (codes[..., ::2] | codes[..., 1::2] << 4 if bits == 4 else codes), scale[..., 0]
 
 def _array(t):
