@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from ..kit import compression, ledger, models, stats
+from ..kit import compression, ledger, models, stats, yardsticks
 from ..kit.models import Loaded
 from ..kit.settings import UsageError, expected_error, settings, unknown
 
