@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DROPS', 'states', 'final_norm', 'ridge', 'applied', 'Exits', 'fit_exits', 'Record', 'early_exit', 'exit_flops',
-           'counted_flops', 'Point', 'exit_point', 'calibrate', 'chosen', 'Router', 'fit_router', 'skipped_layers',
-           'router_flops', 'mlp_ends', 'top_neurons', 'TopNeurons', 'with_top_neurons', 'dropped_tokens', 'recipes']
+           'counted_flops', 'Point', 'exit_point', 'calibrate', 'chosen', 'Router', 'fit_router', 'at_random',
+           'skipped_layers', 'router_flops', 'mlp_ends', 'top_neurons', 'TopNeurons', 'with_top_neurons',
+           'dropped_tokens', 'recipes']
 
 # %% ../../nbs/04_pruning/03_dynamic.ipynb #01f6670b
 import math, sys
@@ -63,7 +64,7 @@ def applied(
 class Exits:
     "Where tokens may leave, and when."
     shortcuts: dict = field(repr=False)  # layer, counted from 1 → (d + 1, d), as `ridge` gives it
-    probes: dict = field(repr=False)     # layer → (d + 1, 1)
+    probes: dict = field(repr=False)     # layer → (d + 1, 1): minus the logarithm of the KL divergence that leaving would make, foretold
     layers: tuple = ()                   # after which to ask
     by: str = "probe"                    # probe, softmax
     threshold: float = math.inf          # leave from this score on
@@ -79,18 +80,24 @@ def fit_exits(
     if not layers or any(not 1 <= i < n for i in layers): raise UsageError(f"layers={layers} must be some of 1 … {n - 1}: after the last one there is nothing to leave")
     seen, head = states(loaded, batches), loaded.model.get_output_embeddings()
     with torch.inference_mode():
-        final = head(seen[-1]).argmax(-1)
+        final = head(seen[-1]).log_softmax(-1)
         shortcuts = {i: ridge(seen[i], seen[-1]).to(seen[i]) for i in layers}
-        right = {i: (head(applied(seen[i], shortcuts[i])).argmax(-1) == final).float()[:, None] for i in layers}
-        probes = {i: ridge(seen[i], right[i]).to(seen[i]) for i in layers}
+        probes = {i: ridge(seen[i], _sureness(final, head(applied(seen[i], shortcuts[i])))).to(seen[i]) for i in layers}
     return Exits(shortcuts, probes, layers)
+
+def _sureness(final, logits):
+    "Minus the logarithm of the KL divergence, (n, 1)."
+    kl = (final.exp() * (final - logits.log_softmax(-1))).sum(-1, keepdim=True)
+    return -(kl.clamp(min=0) + .01).log()
 
 # %% ../../nbs/04_pruning/03_dynamic.ipynb #508e69fd
 class Record:
     "What happened in the last passes: at which layer each token left (0: not at all), and where layers were skipped."
-    def __init__(self): self.left, self.passes, self.skipped, self.final, self.skipping = None, [], [], None, None
+    def __init__(self): self.left, self.final, self.passes, self.skipped = None, None, [], []
     def exits(self)->Tensor: # (tokens of all passes,)
         return torch.cat([p.flatten() for p in self.passes])
+    def shares(self)->dict: # layer → share of the tokens that skipped it
+        return {i: sum(a for j, a, _ in self.skipped if j == i) / sum(n for j, _, n in self.skipped if j == i) for i in dict.fromkeys(j for j, _, _ in self.skipped)}
 
 @contextmanager
 def early_exit(
@@ -104,7 +111,7 @@ def early_exit(
     if skip: _llama_kind(layers[0])
     def score(i, h):
         if exits.by == "probe": return applied(h, exits.probes[i])[..., 0]
-        return head(applied(h, exits.shortcuts[i])).softmax(-1).amax(-1)
+        return nn.functional.linear(applied(h, exits.shortcuts[i]), head.weight, head.bias).softmax(-1).amax(-1)  # not through the hook on the head
     def forward(i, old, x, *args, **kwargs):
         if i == 1:
             record.left = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device); record.final = x; record.passes.append(record.left)
@@ -126,8 +133,6 @@ def early_exit(
         return (torch.where((left > 0)[..., None], final, x),) if bool((left > 0).any()) else args
     with _patched(layers, forward):
         hook = head.register_forward_pre_hook(into_head)
-        score_only = head.forward  # asking must not pass through the hook
-        head = partial(nn.functional.linear, weight=head.weight, bias=getattr(head, "bias", None)); del score_only
         try: yield record
         finally: hook.remove()
 
@@ -169,8 +174,7 @@ def exit_flops(
     "What tokens cost that leave early, on average."
     layers, size = models.layers_of(loaded), lambda m, keys=("",): sum(p.weight.numel() for p in compression.matrices(m) if any(k in p.name for k in keys))
     whole, kv = [size(l) for l in layers], [size(l, ("k_proj", "v_proj", "key", "value")) for l in layers]
-    head, d = loaded.model.get_output_embeddings().weight.numel(), layers[0].parameters().__next__().shape[-1]
-    d = loaded.model.get_input_embeddings().weight.shape[1]
+    head, d = loaded.model.get_output_embeddings().weight.numel(), loaded.model.get_input_embeddings().weight.shape[1]
     ask = d + 1 if exits.by == "probe" else head + d * (d + 1)
     total = 0.
     for l in range(len(layers)):
@@ -245,7 +249,7 @@ def chosen(
 class Router:
     "Which tokens skip which layers."
     rows: dict = field(repr=False)  # layer, counted from 1 → (d + 1, 1)
-    limits: dict                    # layer → skip below this score
+    limits: dict                    # layer → skip below this score; random: the share that skips
     by: str = "change"              # change, random
 
 def fit_router(
@@ -253,17 +257,21 @@ def fit_router(
     batches:list[dict],   # of `compression.calibration`
     share:float,          # of the tokens that skip a layer, 0 to 1
     layers=None,          # that may be skipped, counted from 1; None: all but the first and the last
-    by:str="change",      # change: least change foretold; random: as a baseline
 )->Router:
     "A router by ridge regression, its limits set so that the share of the calibration tokens skips."
     if not 0 <= share < 1: raise UsageError(f"share={share} is out of range: from 0 up to, but not, 1")
-    if by not in ("change", "random"): raise unknown("router", by, ["change", "random"])
     seen, n = states(loaded, batches), len(models.layers_of(loaded))
     layers = tuple(range(2, n)) if layers is None else tuple(layers)
     if any(not 1 <= i < n for i in layers): raise UsageError(f"layers={layers} must be some of 1 … {n - 1}: the last state is normed, and its layer cannot be judged")
     change = {i: ((seen[i] - seen[i - 1]).norm(dim=1) / seen[i - 1].norm(dim=1)).log()[:, None] for i in layers}
     rows = {i: ridge(seen[i - 1], change[i]).to(seen[0]) for i in layers}
-    return Router(rows, {i: applied(seen[i - 1], r)[:, 0].quantile(share).item() if by == "change" else share for i, r in rows.items()}, by)
+    return Router(rows, {i: applied(seen[i - 1], r)[:, 0].quantile(share).item() if share else -math.inf for i, r in rows.items()})
+
+def at_random(
+    record:Record,  # of `skipped_layers`
+)->Router:
+    "The baseline of a router: as many tokens skip each layer, drawn at random."
+    return Router(dict.fromkeys(record.shares()), record.shares(), "random")
 
 @contextmanager
 def skipped_layers(
@@ -292,8 +300,7 @@ def router_flops(
     layers = models.layers_of(loaded)
     size = lambda m, keys=("",): sum(p.weight.numel() for p in compression.matrices(m) if any(k in p.name for k in keys))
     head, d = loaded.model.get_output_embeddings().weight.numel(), loaded.model.get_input_embeddings().weight.shape[1]
-    share = {i: sum(a for j, a, _ in record.skipped if j == i) / sum(b for j, _, b in record.skipped if j == i) for i in {j for j, _, _ in record.skipped}}
-    saved = sum(q * (size(layers[i - 1]) - size(layers[i - 1], ("k_proj", "v_proj", "key", "value"))) - (d + 1) for i, q in share.items())
+    saved = sum(q * (size(layers[i - 1]) - size(layers[i - 1], ("k_proj", "v_proj", "key", "value"))) - (d + 1) for i, q in record.shares().items())
     return 2 * (sum(size(l) for l in layers) + head - saved)
 
 # %% ../../nbs/04_pruning/03_dynamic.ipynb #e2d2cf4f
