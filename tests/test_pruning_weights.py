@@ -96,7 +96,8 @@ def test_sparsity_out_of_range(sparsity):
 
 
 @pytest.mark.parametrize("wrong, says", [(dict(method="magic"), "method"), (dict(scope="planet"), "scope"), (dict(pattern="3:7"), "pattern"),
-    (dict(method="wanda"), "calibration"), (dict(method="sparsegpt", batches=[]), "calibration"), (dict(method="sparsegpt", scope="global", batches=[{}]), "layer by layer")])
+    (dict(method="wanda"), "calibration"), (dict(method="sparsegpt", batches=[]), "calibration"),
+    (dict(method="sparsegpt", scope="global", batches=[{}]), "layer by layer")])
 def test_wrong_requests(wrong, says):
     with pytest.raises(UsageError, match=says): W.prune_weights(tiny("llama"), .5, **wrong)
 

@@ -97,7 +97,8 @@ def sparsegpt(
     damp:float=.01,          # added to the diagonal, as a share of its mean
 )->Tensor:                   # (out, in), pruned and updated
     "SparseGPT (Frantar and Alistarh 2023, algorithm 1). Raises `UsageError` for a Hessian of another shape or with NaN."
-    if hessian.shape != (w.shape[1],) * 2: raise UsageError(f"the Hessian of a weight {tuple(w.shape)} is {w.shape[1]} × {w.shape[1]}, got {tuple(hessian.shape)}")
+    n = w.shape[1]
+    if hessian.shape != (n, n): raise UsageError(f"the Hessian of a weight {tuple(w.shape)} is {n} × {n}, got {tuple(hessian.shape)}")
     if not hessian.isfinite().all(): raise UsageError("the Hessian holds NaN or infinity: look at the calibration data")
     H, new = hessian.float().clone(), w.float().clone()
     silent = H.diagonal() == 0
@@ -127,7 +128,7 @@ def two_of_four(
     scores:Tensor,  # (out, in)
 )->Tensor:          # bool, True: keep
     "The two highest of every four in a row (Mishra et al. 2021). Raises `UsageError` where the row does not divide by four."
-    if scores.shape[-1] % 4: raise UsageError(f"2:4 needs rows that divide by 4, got {scores.shape[-1]} inputs. Leave this module out, or prune it without a pattern")
+    if scores.shape[-1] % 4: raise UsageError(f"2:4 needs rows that divide by 4, got {scores.shape[-1]} inputs: prune this matrix without a pattern")
     fours = scores.reshape(-1, 4)
     return torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.topk(2).indices, True).view(scores.shape)
 
@@ -188,7 +189,7 @@ def _checked_request(sparsity, method, scope, pattern):
     if scope and scope not in SCOPES: raise unknown("scope", scope, SCOPES)
     if pattern not in (None, "2:4"): raise unknown("pattern", pattern, ["2:4"])
     if pattern and sparsity != .5: raise UsageError(f"the pattern 2:4 prunes half: pass sparsity=0.5, got {sparsity}")
-    if method == "sparsegpt" and scope == "global": raise UsageError("SparseGPT goes layer by layer: scope='global' does not exist for it. Take 'layer' or 'row'")
+    if method == "sparsegpt" and scope == "global": raise UsageError("SparseGPT goes layer by layer: there is no scope='global'. Take 'layer' or 'row'")
     return scope or ("row" if method in ("wanda", "sparsegpt") else "layer")
 
 def _checked_model(model):
@@ -198,7 +199,8 @@ def _checked_model(model):
     bad = bad or next((n for n, m in model.named_modules() if hasattr(m, "_packed_params")), None)
     if bad: raise UsageError(f"{bad} is quantized already: its codes have no zeros to set. Prune first, then quantize")
     experts = next((n for n, p in model.named_parameters() if p.ndim == 3), None)
-    if experts: raise UsageError(f"{experts} holds all experts of a mixture in one tensor, which is not supported: pruning all but the experts would leave most weights as they are")
+    if experts: raise UsageError(f"{experts} holds all experts of a mixture in one tensor, which is not supported: "
+        "pruning all but the experts would leave most weights as they are")
 
 def _checked_weight(p, pattern):
     w = p.weight
@@ -454,7 +456,8 @@ def sparse_rate(
     each = max(1, round(columns * density))
     rows, step = max(1, values // each), columns / each
     at = ((torch.arange(each) * step)[None] + torch.rand(rows, each) * (step - 1)).int().clamp(max=columns - 1)
-    w = torch.sparse_csr_tensor(torch.arange(rows + 1, dtype=torch.int32) * each, at.flatten(), torch.ones(rows * each), (rows, columns), check_invariants=False).to(device)
+    begins, ones = torch.arange(rows + 1, dtype=torch.int32) * each, torch.ones(rows * each)
+    w = torch.sparse_csr_tensor(begins, at.flatten(), ones, (rows, columns), check_invariants=False).to(device)
     x = torch.ones(columns, device=device)
     seconds = measure.time_calls(lambda: w @ x, n=n, device=device, unit="s").value
     return rows * each * 8 / seconds / 1e9
@@ -467,12 +470,15 @@ def semi_structured(
     "Give the 2:4 matrices to the sparse tensor cores. Raises `UsageError` where there are none, or for another dtype."
     w = next(p.weight for p in compression.matrices(loaded.model, head=False))
     if not w.is_cuda or torch.cuda.get_device_capability(w.device)[0] < 8:
-        raise UsageError(f"sparse tensor cores are in NVIDIA GPUs since Ampere (compute capability 8.0); this model is on {w.device}. Here 2:4 saves bytes on disk, not time")
+        raise UsageError(f"sparse tensor cores are in NVIDIA GPUs since Ampere (compute capability 8.0); this model is on {w.device}. "
+            "Here 2:4 saves bytes on disk, not time")
     if w.dtype not in (torch.float16, torch.bfloat16): raise UsageError(f"2:4 kernels want float16 or bfloat16, got {w.dtype}")
     new, found = loaded if in_place else compression.copied(loaded), []
     for p in compression.matrices(new.model):
         size = p.weight.numel() * p.weight.element_size()
-        fits = isinstance(p.module, nn.Linear) and not p.tied and p.weight.shape[0] % 64 == p.weight.shape[1] % 64 == 0 and ((p.weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
-        if fits: p.module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(p.weight.detach()), requires_grad=False)
-        found.append(Change(p.name, p.part, "2:4" if fits else "", size, size * 9 // 16 if fits else size, "" if fits else "not 2:4, tied, or of a shape without a kernel"))
+        a_kernel = isinstance(p.module, nn.Linear) and not p.tied and p.shape[0] % 64 == p.shape[1] % 64 == 0
+        if a_kernel and ((p.weight.reshape(-1, 4) != 0).sum(1) <= 2).all():
+            p.module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(p.weight), requires_grad=False)
+            found.append(Change(p.name, p.part, "2:4", size, size * 9 // 16))
+        else: found.append(Change(p.name, p.part, "", size, size, "not 2:4, tied, or of a shape without a kernel"))
     return new, Changes(found)
