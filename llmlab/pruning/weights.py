@@ -56,9 +56,10 @@ def keep(
     k = round(sparsity * rows.shape[1])
     if not k: return torch.ones_like(scores, dtype=torch.bool)
     limit = _kth(rows, k)
-    gone, equal = rows < limit, rows == limit
-    gone |= equal & (equal.cumsum(1) <= k - gone.sum(1, keepdim=True))
-    return ~gone.view(scores.shape)
+    kept, missing = rows > limit, k - (rows < limit).sum(1, keepdim=True)
+    equal = rows == limit
+    if bool((equal.sum(1, keepdim=True) > missing).any()): kept |= equal & (equal.cumsum(1) > missing)
+    return kept.view(scores.shape)
 
 def _kth(rows, k):
     "The k-th smallest of each row, (n, 1)."
