@@ -2,7 +2,6 @@
 import copy
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from llmlab.kit import models
 from llmlab.kit.models import Loaded
 from llmlab.kit.settings import UsageError
 from llmlab.pruning import structured
@@ -15,9 +14,11 @@ CONFIGS = {
     "qwen2": ("Qwen2Config", WIDTH | dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "qwen3": ("Qwen3Config", WIDTH | dict(num_key_value_heads=2, head_dim=16)),
     "mixtral": ("MixtralConfig", WIDTH | dict(num_key_value_heads=2, num_local_experts=2)),
-    "opt": ("OPTConfig", dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48, vocab_size=64, max_position_embeddings=32, word_embed_proj_dim=32)),
+    "opt": ("OPTConfig", dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48, vocab_size=64, max_position_embeddings=32,
+        word_embed_proj_dim=32)),
     "gpt2": ("GPT2Config", dict(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=32, bos_token_id=1, eos_token_id=2)),
-    "bert": ("BertConfig", WIDTH), "distilbert": ("DistilBertConfig", dict(dim=32, n_layers=3, n_heads=4, hidden_dim=48, vocab_size=64, max_position_embeddings=32)),
+    "bert": ("BertConfig", WIDTH),
+    "distilbert": ("DistilBertConfig", dict(dim=32, n_layers=3, n_heads=4, hidden_dim=48, vocab_size=64, max_position_embeddings=32)),
 }
 CAUSAL = [n for n in CONFIGS if n not in ("bert", "distilbert")]
 FREE = ["llama", "llama-untied", "mistral", "qwen2", "qwen3", "mixtral"]  # heads can go alone
@@ -30,8 +31,8 @@ def made(name, task=None):
     config.pad_token_id = 0
     task = task or ("causal-lm" if name in CAUSAL else "classifier")
     torch.manual_seed(0)
-    auto = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification if task == "classifier" else transformers.AutoModel
-    model = auto.from_config(config).eval()
+    auto = dict(encoder="AutoModel", classifier="AutoModelForSequenceClassification") | {"causal-lm": "AutoModelForCausalLM"}
+    model = getattr(transformers, auto[task]).from_config(config).eval()
     with torch.no_grad():
         for n, p in model.named_parameters():
             if "norm" in n.lower() or n.endswith("bias"): p.add_(torch.randn_like(p) * .1)  # nothing is 0 or 1 by accident

@@ -295,12 +295,13 @@ def _activation(loaded, what, batches):
     sums, seen, mask = {}, 0, [None]
     real = lambda x: x.reshape(-1, x.shape[-1])[mask[0].reshape(-1).bool()].float()
     if what == "layers":
-        def look(i):
-            return lambda m, args, kwargs, out: sums.update({i: sums.get(i, 0) + (1 - torch.cosine_similarity(real(_stream(args, kwargs)), real(_first(out)))).sum()})
+        turn = lambda h, out: (1 - torch.cosine_similarity(real(h), real(_first(out)))).sum()
+        def look(i): return lambda m, args, kwargs, out: sums.update({i: sums.get(i, 0) + turn(_stream(args, kwargs), out)})
         hooks = [m.register_forward_hook(look(i), with_kwargs=True) for i, m in enumerate(models.layers_of(loaded))]
     else:
         places, each = _places(loaded, what)
-        def look(i): return lambda m, args, kwargs: sums.update({i: sums.get(i, 0) + real(_stream(args, kwargs) if what == "hidden" else args[0]).square().sum(0)})
+        said = lambda args, kwargs: real(_stream(args, kwargs) if what == "hidden" else args[0]).square().sum(0)
+        def look(i): return lambda m, args, kwargs: sums.update({i: sums.get(i, 0) + said(args, kwargs)})
         hooks = [m.register_forward_pre_hook(look(i), with_kwargs=True) for i, m in enumerate(places)]
     try:
         for b in batches:
@@ -377,7 +378,8 @@ def kept(
 )->Tensor:          # (keep,) indices, ascending
     "The units worth most. Raises `UsageError` for scores that are not finite, or a number that the groups cannot share."
     if not torch.isfinite(score).all(): raise UsageError("scores hold NaN or infinity: the model or the calibration data is broken")
-    if keep % groups: raise UsageError(f"keep={keep} is not a multiple of {groups}: each group of heads must keep the same number, or cut whole groups (groups=True)")
+    if keep % groups:
+        raise UsageError(f"keep={keep} is not a multiple of {groups}: each group of heads must keep the same number, or cut whole groups (groups=True)")
     top = score.view(groups, -1).topk(keep // groups, dim=1).indices + (torch.arange(groups, device=score.device) * (len(score) // groups))[:, None]
     return top.flatten().sort().values
 
@@ -496,7 +498,8 @@ def prune_layers(
     if not isinstance(keep, int) and keep is not None: stay = list(keep)
     else:
         n = _how_many(loaded, "layers", keep, share)
-        stay = greedy_layers(loaded, n, batches) if isinstance(score, str) and score == "greedy" else kept(_scored(loaded, "layers", score, batches, seed), n).tolist()
+        greedy = isinstance(score, str) and score == "greedy"
+        stay = greedy_layers(loaded, n, batches) if greedy else kept(_scored(loaded, "layers", score, batches, seed), n).tolist()
     made = models.cut_layers(loaded, stay)
     full = {id(m): n for n, m in loaded.model.named_modules()}
     stem = full[id(models.layers_of(loaded))]
@@ -552,7 +555,8 @@ def plot_scores(
     names = [n for n in (*SCORES, "greedy") if any(key[2] == n for key in bits)]
     for i, name in enumerate(names):
         at = [(x + (i - (len(names) - 1) / 2) * .12, bits[*cut, name]) for x, cut in enumerate(cuts) if (*cut, name) in bits]
-        ax.errorbar([x for x, _ in at], [e.value for _, e in at], [[e.value - e.low for _, e in at], [e.high - e.value for _, e in at]], fmt="o", color=f"C{i}", label=name)
+        bars = [[e.value - e.low for _, e in at], [e.high - e.value for _, e in at]]
+        ax.errorbar([x for x, _ in at], [e.value for _, e in at], bars, fmt="o", color=f"C{i}", label=name)
     ax.axhline(dense.value, color="grey", ls="--", lw=1, label="dense")
     ax.set(xticks=range(len(cuts)), xticklabels=[f"{what}, {share:.0%} cut" for what, share in cuts], ylabel="bits a byte (less is better)")
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
