@@ -8,7 +8,7 @@ __all__ = ['attend', 'score_variance', 'saturation', 'plot_saturation', 'split_h
            'rotary_scores', 'plot_positions', 'kv_bytes']
 
 # %% ../../nbs/00_foundations/01_attention.ipynb #2562745d
-import math
+import math, time
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

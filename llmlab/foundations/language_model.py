@@ -210,7 +210,7 @@ def plot_learning(
     ax = ax or plt.subplots(figsize=(8, 4), layout="constrained")[1]
     ax.plot(curve.tokens, [v * nats_to_bits for v in curve.valid], "o-", color="C0", label="the small transformer")
     for i, (name, level) in enumerate(levels.items(), 1): ax.axhline(level, color=f"C{i}", ls="--", label=name)
-    ax.set(xlabel="tokens seen", ylabel="bits/byte, validation"); ax.grid(alpha=.3)
+    ax.set(xlabel="tokens seen", ylabel="bits/byte, validation"); ax.grid(alpha=.3); ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1)); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -227,7 +227,7 @@ def plot_overfitting(
     ax.plot(curve.tokens, curve.valid, "o-", color="C1", label="validation")
     ax.plot(curve.tokens[curve.best], curve.valid[curve.best], "*", ms=14, color="C1", label="best")
     ax.axvline(stopped.tokens[-1], color="C2", ls="--", label="early stopping ends here")
-    ax.set(xlabel="tokens seen", ylabel="loss, nats a token"); ax.grid(alpha=.3)
+    ax.set(xlabel="tokens seen", ylabel="loss, nats a token"); ax.grid(alpha=.3); ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1)); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
