@@ -14,7 +14,7 @@ import copy, math
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
-from ..kit import compression, data, ledger, measure, models, stats
+from ..kit import compression, data, ledger, measure, models, stats, yardsticks
 from ..kit.compression import Change, Changes
 from ..kit.models import Loaded
 from ..kit.settings import Settings, UsageError, expected_error, settings
@@ -26,7 +26,7 @@ def recipes(
     s:Settings,  # of the run
 )->list:         # (recipe, arguments)
     "What `llmlab run` makes before it executes this notebook: the encoder fine-tuned on the task."
-    return compression.recipes(s)
+    return yardsticks.recipes(s)
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #478336c2
 def recipe_quantize(
