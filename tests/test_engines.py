@@ -10,13 +10,15 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from llmlab.kit import models
 from llmlab.kit.geometry import TASKS
 from llmlab.kit.models import Loaded
-from llmlab.kit.settings import Unavailable, UsageError
+from llmlab.kit.settings import UsageError
 from llmlab.quantization import engine_files as files
 from llmlab.quantization import engines
 
-SHAPE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, vocab_size=320, max_position_embeddings=128)
+SHAPE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+    vocab_size=320, max_position_embeddings=128)
 TINY = dict(llama=lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True), untied=lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False),
-    biased=lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True), qwen2=lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    biased=lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    qwen2=lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
     mistral=lambda: MistralConfig(**SHAPE, sliding_window=16), wide=lambda: LlamaConfig(**SHAPE, head_dim=32))
 IDS = [3, 17, 200, 5, 42, 7, 301, 11, 90, 33, 8, 64]
 
@@ -117,7 +119,8 @@ def test_groups_refuse():
 
 
 def test_files_refuse(tmp_path, llama):
-    for how, match in ((dict(bits=2), "number of bits"), (dict(bits=4, group_size=0), "4 bits need groups"), (dict(bits=8, group_size=24), "power of two"), (dict(bits=8, group_size=64), "divide")):
+    for how, match in ((dict(bits=2), "number of bits"), (dict(bits=4, group_size=0), "4 bits need groups"),
+            (dict(bits=8, group_size=24), "power of two"), (dict(bits=8, group_size=64), "divide")):
         with pytest.raises(UsageError, match=match): files.write_onnx(llama, tmp_path, **how)
     gpt2 = models.load("random:gpt2-tiny", task="causal-lm")
     for write in (files.llama_graph, lambda m: files.write_gguf(m, tmp_path/"x")):
@@ -139,7 +142,8 @@ def test_bytes_are_foretold(tmp_path):
         m = drawn(TINY[name]())
         for bits, group in ((32, 32), (8, 0), (4, 32)):
             graph = files.llama_graph(m, bits, group, context=128)
-            weights = sum(len(w.raw_data) for w in graph.graph.initializer if w.name not in ("cos", "sin", "minus one", "width", "last") and not w.name.endswith(".shape"))
+            helpers = ("cos", "sin", "minus one", "width", "last")
+            weights = sum(len(w.raw_data) for w in graph.graph.initializer if w.name not in helpers and not w.name.endswith(".shape"))
             assert weights == files.file_bytes(m, bits, group)
 
 
@@ -169,8 +173,10 @@ def test_torchao_adds_little_to_its_rounding(build, llama):
 
 
 def test_products_are_those_of_the_model(llama):
-    for engine in (engines.eager(llama), engines.compiled(llama, compiled=False), engines.onnx_engine(llama), engines.onnx_engine(llama, 8, 0), engines.onnx_engine(llama, 4)):
+    torch_ones = [engines.eager(llama), engines.compiled(llama, compiled=False), engines.torchao_int8(llama, compiled=False)]
+    for engine in torch_ones + [engines.onnx_engine(llama, *how) for how in ((32,), (8, 0), (4,))]:
         for rows in (1, 8): engine.products(rows)()
+        engine.rest().decode(IDS[:1], 3); engine.rest().prefill(IDS)
     assert len(engines.onnx_engine(llama, 4).products(3)()) == 4 * 2 + 1  # fused: four a layer, and the head
 
 
