@@ -49,12 +49,12 @@ class LoraLinear(nn.Module):
 
 # %% ../../nbs/02_finetuning/04_lora.ipynb #51dba08a
 def _chosen(loaded, targets):
-    "The places that end in one of the names; all linear ones but the head for 'all-linear'."
+    "The places that have one of the names, whole or as their last part; all linear ones but the head for 'all-linear'."
     places = compression.matrices(loaded, head=False)
     if targets == "all-linear": return [p for p in places if p.part != "pooler" or loaded.task == "classifier"]
-    found = [p for p in places if p.name.rpartition(".")[2] in targets]
-    names = sorted({p.name.rpartition(".")[2] for p in places})
-    missing = [t for t in targets if t not in names]
+    ends = {p.name: p.name.rpartition(".")[2] for p in places}
+    found, names = [p for p in places if {p.name, ends[p.name]} & {*targets}], sorted({*ends.values()})
+    missing = [t for t in targets if t not in names and t not in ends]
     if missing: raise UsageError(f"the target {missing[0]!r} matches no matrix of {loaded.name}. There are {', '.join(names)}; or 'all-linear'")
     return found
 
@@ -62,7 +62,7 @@ def add_lora(
     loaded:Loaded,                  # a language model or classifier; it stays as it is
     r:int=8,                        # rank
     alpha:float=16.,                # scale of the detour is alpha/r
-    targets="all-linear",           # last parts of names, such as ("q_proj", "v_proj"); or "all-linear"
+    targets="all-linear",           # names of modules or their last parts, such as ("q_proj", "v_proj"); or "all-linear"
     seed:int=0,                     # of A
 )->tuple[Loaded, Changes]:          # a copy in which only the detours are trained, and a classifier's head
     "LoRA in every target. Raises `UsageError` for a rank below 1, a target that matches nothing, a model that has it already."
@@ -229,9 +229,10 @@ def load_adapter(
     from safetensors.torch import load_file
     try: about = json.loads((Path(folder).expanduser()/"adapter.json").read_text("utf-8"))
     except (OSError, ValueError) as e: raise UsageError(f"{folder} holds no adapter: {e}") from e
-    if _fingerprint(base) != about["weights"]: raise UsageError(f"the adapter in {folder} was trained on {about['base']}, and its weights are not those of {base.name}")
-    copy, _ = add_lora(base, about["r"], about["alpha"], sorted({n.rpartition(".")[2] for n in about["modules"]}))
-    missing, unexpected = copy.model.load_state_dict(load_file(Path(folder).expanduser()/"adapter.safetensors"), strict=False)
+    if _fingerprint(base) != about["weights"]:
+        raise UsageError(f"the adapter in {folder} was trained on {about['base']}, and its weights are not those of {base.name}")
+    copy, _ = add_lora(base, about["r"], about["alpha"], about["modules"])
+    _, unexpected = copy.model.load_state_dict(load_file(Path(folder).expanduser()/"adapter.safetensors"), strict=False)
     if unexpected: raise UsageError(f"the adapter in {folder} has {unexpected[0]}, which {base.name} has not")
     return copy
 
@@ -255,7 +256,8 @@ def lora_classifier(
     train = data.load(task, "train", limit=examples, seed=seed)
     m = models.load(encoder, task="classifier", labels=train.features["label"].names, device=device, seed=seed)
     ready, _ = add_lora(m, r, alpha, seed=seed)
-    done = training.fit(ready, training.tokenized(train, m.tokenizer), epochs=epochs, lr=lr, precision="bfloat16", group_by_length=True, seed=seed, in_place=True)
+    how = dict(epochs=epochs, lr=lr, precision="bfloat16", group_by_length=True, seed=seed, in_place=True)
+    done = training.fit(ready, training.tokenized(train, m.tokenizer), **how)
     save_adapter(done.loaded, folder)
     return dict(trained=sum(p.numel() for p in done.loaded.model.parameters() if p.requires_grad), seconds=done.seconds, peak=done.peak_memory_bytes)
 
