@@ -46,7 +46,7 @@ class Candidate:
     loaded: models.Loaded|None = None  # the transformer in it, if there is one
     head: object = None                # what reads the label off its sentence vector
 
-    def __repr__(self): return f"{self.name}: {self.size_bytes / 1e6:.2f} MB on disk, {self.memory_bytes / 1e6:.2f} MB in memory"
+    def __repr__(self): return f"{self.name}: {stats.written(self.size_bytes, 'B')} on disk, {stats.written(self.memory_bytes, 'B')} in memory"
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #34b17454
 def majority(
@@ -224,7 +224,8 @@ def forecast(
     "Seconds for one batch: from the geometry where there is a transformer, from counted Python calls where there is none."
     if c.loaded: return measure.predict(measure.work(c.loaded, batch=len(texts), tokens=tokens, phase="encode"), ceilings)
     floor = 2 * 8 * tokens * len(texts) / ceilings.bandwidth(c.memory_bytes) / 1e9
-    return measure.Forecast(seconds=floor + python_calls(lambda: c.predict(texts)) * call_s, floor_seconds=floor, bound="dispatch")
+    calls = python_calls(lambda: c.predict(texts)) * call_s
+    return measure.Forecast(floor + calls, floor, bound="dispatch", bandwidth_seconds=floor, dispatch_seconds=calls)
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #5174c322
 def throughput_curve(
