@@ -7,7 +7,7 @@ __all__ = ['recipes', 'recipe_quantize', 'recipe_size', 'converted', 'PackedWeig
            'QuantizedEmbedding', 'already_quantized', 'fused', 'with_packed', 'weight_only', 'rounded', 'dequantized',
            'noise', 'plot_lost', 'torchao_quantized', 'torchao_int4', 'torchao_int8', 'plot_peaks', 'captured',
            'integer_matmul', 'IntegerLinear', 'dynamic', 'FullRange', 'library_dynamic', 'input_ranges', 'static',
-           'linear_call', 'foretell']
+           'Replay', 'taken_apart', 'foretell']
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #3c9bc3d6
 import copy, math
@@ -521,37 +521,46 @@ def static(
     return _integer(loaded, ranges, embeddings, partial, in_place)
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #2f077215
-def linear_call(
-    loaded:Loaded,  # a model
-    call,           # runs it once
-):                  # called without arguments
-    "The linear layers of one call, each with the input that it got, in order and with nothing in between."
-    steps = []
-    watch = lambda m, args: steps.append((m, args[0].detach()))
-    hooks = [m.register_forward_pre_hook(watch) for m in loaded.model.modules() if hasattr(m, "out_features") and hasattr(m, "in_features")]
-    try: call()
+class Replay(nn.Module):
+    "Gives what a layer once gave, without doing anything."
+    def __init__(self,
+        output:Tensor,  # what it gave
+    ):
+        super().__init__()
+        self.output = output
+    def forward(self, x): return self.output
+
+def taken_apart(
+    loaded:Loaded,  # a model, each of whose linear layers runs once in a call
+    call,           # `Loaded` → a function that runs it once
+):                  # (its linear layers one after the other with the inputs that they get, all the rest without them), to be called without arguments
+    "The two halves of a call, each to be timed alone."
+    names = {m: n for n, m in loaded.model.named_modules() if hasattr(m, "out_features") and hasattr(m, "in_features")}
+    steps, rest = [], compression.copied(loaded)
+    hooks = [m.register_forward_hook(lambda m, args, out: steps.append((m, args[0].detach(), out.detach()))) for m in names]
+    try: call(loaded)()
     finally:
         for h in hooks: h.remove()
-    def run():
+    for m, _, out in steps: compression.set_module(rest.model, names[m], Replay(out))
+    def linear():
         with torch.inference_mode():
-            for m, x in steps: m(x)
-    return run
+            for m, x, _ in steps: m(x)
+    return linear, call(rest)
 
 def foretell(
     models_:dict,       # name → Loaded; the first is fp32
-    calls:dict,         # name → its call
+    call,               # `Loaded` → a function that runs it once
     ceilings,           # of the machine
     flops:float,        # of one call in all
     linear_flops:float, # of its linear layers
-    n:int=3,            # samples
-):                      # (by operations alone, by the kernels' own times), `measure.Forecasts` each
-    "Two forecasts of how long each variant takes, both resting on the measured time of fp32."
+    pairs:int=3,        # rounds
+):                      # (by operations alone, by parts), `measure.Forecasts` each
+    "How long each variant takes: by the operations at the machine's rates, and as its own linear layers plus the rest of fp32."
     first, *_ = models_
-    whole = measure.time_calls(calls[first], n, 1, unit="s").value
-    linear = {name: measure.time_calls(linear_call(m, calls[name]), n, 1, unit="s").value for name, m in models_.items()}
+    halves = {name: taken_apart(m, call) for name, m in models_.items()}
+    timed = measure.compare({name: linear for name, (linear, _) in halves.items()} | {"the rest": halves[first][1]}, pairs=pairs, warmup=1)
     rate = lambda name: "float32" if name == first or "weights" in name else "int8"
     floor = {name: (linear_flops / ceilings.rate(rate(name)) + (flops - linear_flops) / ceilings.rate("float32")) / 1e9 for name in models_}
-    rest = max(whole - linear[first], 0)
     made = lambda seconds, name: measure.Forecast(max(seconds, floor[name]), floor[name], "arithmetic")
-    return (measure.Forecasts({name: made(whole * floor[name] / floor[first], name) for name in models_}),
-            measure.Forecasts({name: made(rest + linear[name], name) for name in models_}))
+    return (measure.Forecasts({name: made(floor[name], name) for name in models_}),
+            measure.Forecasts({name: made(timed[name].seconds + timed["the rest"].seconds, name) for name in models_}))
