@@ -92,7 +92,7 @@ def parts_table(
     reads:dict,  # name → bytes that a call reads
 )->stats.Table:
     "What each part should take, and how fast the kernels read."
-    ms = lambda o: stats.written(o * 1e3, "ms")
+    ms = lambda o: f"{o * 1e3:,.1f} ms"
     rows = [(n, ms(f.arithmetic_seconds), f"{reads[n] / f.arithmetic_seconds / 1e9:.1f} GB/s", ms(f.dispatch_seconds), ms(f.seconds)) for n, f in told.items()]
     return stats.Table(("engine", "products", "its kernels read", "the rest", "together"), tuple(rows))
 
