@@ -82,7 +82,7 @@ def foretell(
     left = {n: e.rest() for n, e in can.items()}
     parts = {f"products, {n}": e.products(1 if phase == "decode" else tokens) for n, e in can.items()}
     parts |= {f"rest, {n}": partial(e.decode, [1], tokens) if phase == "decode" else partial(e.prefill, [1] * tokens) for n, e in left.items()}
-    taken = {n: o.time for n, o in measure.compare(parts, pairs=pairs, warmup=warmup).items()} if parts else {}
+    taken = {n: o.time for n, o in measure.compare(parts, pairs=pairs, warmup=warmup, device=str(loaded.device)).items()} if parts else {}
     second = {n: by_parts(first[n], taken[f"products, {n}"].scaled(steps, "ms"), taken[f"rest, {n}"]) for n in can}
     return measure.Forecasts(first), measure.Forecasts(second)
 
