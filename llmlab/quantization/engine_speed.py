@@ -82,7 +82,7 @@ def foretell(
     left = {n: e.rest() for n, e in can.items()}
     parts = {f"products, {n}": e.products(1 if phase == "decode" else tokens) for n, e in can.items()}
     parts |= {f"rest, {n}": partial(e.decode, [1], tokens) if phase == "decode" else partial(e.prefill, [1] * tokens) for n, e in left.items()}
-    taken = {n: o.time for n, o in measure.compare(parts, pairs=pairs, warmup=warmup).items()} if parts else {}
+    taken = {n: o.time for n, o in measure.compare(parts, pairs=pairs, warmup=warmup, device=str(loaded.device)).items()} if parts else {}
     second = {n: by_parts(first[n], taken[f"products, {n}"].scaled(steps, "ms"), taken[f"rest, {n}"]) for n in can}
     return measure.Forecasts(first), measure.Forecasts(second)
 
@@ -92,7 +92,7 @@ def parts_table(
     reads:dict,  # name → bytes that a call reads
 )->stats.Table:
     "What each part should take, and how fast the kernels read."
-    ms = lambda o: stats.written(o * 1e3, "ms")
+    ms = lambda o: f"{o * 1e3:,.1f} ms"
     rows = [(n, ms(f.arithmetic_seconds), f"{reads[n] / f.arithmetic_seconds / 1e9:.1f} GB/s", ms(f.dispatch_seconds), ms(f.seconds)) for n, f in told.items()]
     return stats.Table(("engine", "products", "its kernels read", "the rest", "together"), tuple(rows))
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ..kit import compression, ledger, models, stats, yardsticks
 from ..kit.models import Loaded
 from ..kit.settings import Unavailable, UsageError, expected_error, settings, unknown
-from .engine_files import rounded, spread_error, torch_logits, write_gguf, write_onnx
+from .engine_files import LLAMAS, rounded, spread_error, suited, torch_logits, write_gguf, write_onnx
 
 # %% ../../nbs/03_quantization/06_engines.ipynb #8252b564
 @runtime_checkable
@@ -172,7 +172,7 @@ class Static(Stepwise):
         context:int=1024,   # positions in the cache
     ):
         c, self.loaded, self.name, self.compiled = loaded.model.config, loaded, name, compiled
-        if c.model_type not in ("llama", "mistral", "qwen2"):
+        if c.model_type not in LLAMAS:
             raise UsageError(f"{loaded.name} is a {c.model_type}; this step is that of Llama, Mistral and Qwen2")
         self.context = min(context, c.max_position_embeddings)
         if (w := getattr(c, "sliding_window", None)) and w < self.context:
@@ -247,10 +247,15 @@ def torchao_int4(
     group_size:int=32,     # 32, 64, 128 or 256
     context:int=1024,
 )->Static:
-    "Int4 weights by groups, multiplied in bfloat16; the embedding stays bfloat16. The CPU's kernel is in torchao's prototypes."
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    "Int4 weights by groups, multiplied in bfloat16; the embedding stays bfloat16. The CPU's kernel is in torchao's prototypes, the GPU's in torch."
     if group_size not in (32, 64, 128, 256): raise unknown("group size of torchao's int4", group_size, (32, 64, 128, 256))
-    return _torchao(loaded, PrototypeInt4WeightOnlyConfig(group_size=group_size), "torchao int4", compiled, context)
+    if loaded.device.type == "cpu":
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+        config = PrototypeInt4WeightOnlyConfig(group_size=group_size)
+    else:
+        from torchao.quantization import Int4WeightOnlyConfig
+        config = Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
+    return _torchao(loaded, config, "torchao int4", compiled, context)
 
 # %% ../../nbs/03_quantization/06_engines.ipynb #4bced475
 class Onnx(Stepwise):

@@ -19,7 +19,7 @@ from ..kit.geometry import Geometry, dtype_bytes
 from ..kit.models import Loaded
 from ..kit.settings import UsageError, expected_error, settings, unknown
 from .arithmetic import Packed, pack, unpack
-from .engine_files import file_bytes, write_gguf, write_onnx
+from .engine_files import file_bytes, suited, write_gguf, write_onnx
 from .post_training import PackedWeight, QuantizedEmbedding, QuantizedLinear, weight_only
 
 # %% ../../nbs/03_quantization/05_kv_cache.ipynb #7bca5e79
@@ -234,7 +234,8 @@ def load_packed(
     left = model.load_state_dict(tensors, strict=False)
     missing = [n for n in left.missing_keys if ".packed." not in n]
     if missing or left.unexpected_keys: raise UsageError(f"{path} does not fit its configuration: {[*missing, *left.unexpected_keys][0]}")
-    return Loaded(model.to(device).eval(), models._tokenizer(path.parent), kept["name"], kept["weights"], kept["task"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
+    return Loaded(model.to(device).eval(), tokenizer, kept["name"], kept["weights"], kept["task"])
 
 # %% ../../nbs/03_quantization/05_kv_cache.ipynb #665016d2
 def torchao_saved(
