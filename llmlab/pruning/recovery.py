@@ -176,7 +176,7 @@ def budget(
 )->dict:         # steps of the classifier, of the language model, of one rung of the search; seeds
     "How much training a profile pays for."
     if not s.evidence: return dict(steps=1, lm_steps=2, rung=1, seeds=1)
-    if s.resamples < 10_000: return dict(steps=24, lm_steps=40, rung=4, seeds=1)
+    if s.resamples < 10_000: return dict(steps=24, lm_steps=32, rung=4, seeds=1)
     return dict(steps=264, lm_steps=400, rung=16, seeds=3)
 
 # %% ../../nbs/04_pruning/04_recovery.ipynb #59c611c9
@@ -290,7 +290,8 @@ def plan(
 )->dict:         # name → (recipe, arguments)
     "Every training of this notebook."
     b, config = budget(s), models.config(s.encoder)
-    n, alike = config.num_hidden_layers, dict(teacher=classifier_of(s), steps=b["steps"], validation=128 if s.evidence else 16, judge=64 if s.evidence else 8)
+    n, alike = config.num_hidden_layers, dict(teacher=classifier_of(s), steps=b["steps"], validation=128 if s.evidence else 16,
+        judge=64 if b["seeds"] > 1 else 32 if s.evidence else 8)
     text = dict(lm=s.lm, edition=models.edition(s.lm), corpus=s.corpus, made_from=data.origin(s.corpus), steps=b["lm_steps"], seed=s.seed,
         judge=8 if s.evidence else 1, layers=max(1, models.config(s.lm, "causal-lm").num_hidden_layers // 2))
     down = [dict(layers=k) for k in range(n - 1, max(1, n // 2) - 1, -1)]  # one layer at a time
@@ -303,8 +304,8 @@ def plan(
         "no cut": (recovered, alike | dict(stages=[{}], distil=False, lr=2e-4, seed=s.seed)),
         "gentle": (recovered, alike | dict(stages=[gentle], seed=s.seed)),
         "searched": (searched, alike | dict(stages=candidates(config, 2.4)[::1 if s.evidence else 3], rung=b["rung"], seed=s.seed)),
-        "lm": (recovered_lm, text), "lm from nothing": (recovered_lm, text | dict(scratch=True))}
-    if b["seeds"] > 1: made["lm distilled"] = recovered_lm, text | dict(distil=True)
+        "lm": (recovered_lm, text)}
+    if b["seeds"] > 1: made |= {"lm from nothing": (recovered_lm, text | dict(scratch=True)), "lm distilled": (recovered_lm, text | dict(distil=True))}
     return made if s.evidence else {k: made[k] for k in ("searched", "lm")}
 
 def recipes(
