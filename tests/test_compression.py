@@ -4,7 +4,7 @@ import torch
 from transformers import GPT2Config, OPTConfig, Qwen3Config
 
 from llmlab.kit import compression as c
-from llmlab.kit import models
+from llmlab.kit import models, yardsticks
 from llmlab.kit.geometry import TASKS
 from llmlab.kit.models import Loaded
 from llmlab.kit.settings import UsageError
@@ -119,15 +119,15 @@ def test_calibration_is_the_seed_s(llama):
 
 
 def test_classified_needs_a_classifier(llama):
-    with pytest.raises(UsageError, match="task='classifier'"): c.predictions(llama, ["x"])
+    with pytest.raises(UsageError, match="task='classifier'"): yardsticks.predictions(llama, ["x"])
 
 
 def test_predictions_do_not_depend_on_the_batch():
     m = models.load("embedded:minilm", task="classifier", n_labels=3)
     texts = ["one", "a somewhat longer text than that", "", "three words here"]
-    torch.testing.assert_close(c.predictions(m, texts, batch_size=4), c.predictions(m, texts, batch_size=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(yardsticks.predictions(m, texts, batch_size=4), yardsticks.predictions(m, texts, batch_size=1), rtol=1e-4, atol=1e-4)
 
 
 def test_calls_have_their_length(llama):
-    assert c.decode_call(llama, 5, 3)().shape == (1, 8)
-    assert c.prefill_call(llama, 7, 2)().shape[0] == 2
+    assert yardsticks.decode_call(llama, 5, 3)().shape == (1, 8)
+    assert yardsticks.prefill_call(llama, 7, 2)().shape[0] == 2

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmlab.kit import compression, models
+from llmlab.kit import compression, models, yardsticks
 from llmlab.kit.settings import UsageError
 from llmlab.pruning import dynamic as D
 from test_pruning_weights import tiny
@@ -150,7 +150,7 @@ def test_tokens_dropped(kind):
 
 def test_tokens_dropped_really_saves():
     m = tiny("bert", num_hidden_layers=4)
-    call = compression.encode_call(m, 4, 32)
+    call = yardsticks.encode_call(m, 4, 32)
     whole = D.counted_flops(call)
     def shorter():
         with D.dropped_tokens(m, {1: .25}): call()

@@ -17,12 +17,6 @@ from .geometry import part_of
 from .models import Loaded
 from .settings import UsageError
 from .stats import Shown, Table
-from .yardsticks import (classified, classifier, classifier_of, decode_call, encode_call, held_out, lm_bits, load_classifier, predictions, prefill_call,
-    retrieval_mrr, retrieval_pairs)
-
-# %% ../../nbs/kit/12_compression.ipynb #454fa38e
-_all_ = ["classified", "classifier", "classifier_of", "decode_call", "encode_call", "held_out", "lm_bits", "load_classifier", "predictions", "prefill_call",
-    "retrieval_mrr", "retrieval_pairs"]
 
 # %% ../../nbs/kit/12_compression.ipynb #8dcee33f
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def _versions(uses):
     from importlib import metadata
     names = set()
     for o in uses: names |= set(_versions(o.uses)) if isinstance(o, Recipe) else {o} if isinstance(o, str) and o != "python" and ":" not in o else set()
-    return {n: metadata.version(n) for n in sorted(names)} | {"python": platform.python_version()}
+    return {n: metadata.version(n) for n in sorted(names - {"python"})} | {"python": platform.python_version()}
 
 def _make(recipe, key, aside, device, progress, arguments):
     "Run the recipe into `aside` and write made.json there, last."

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 import torch
 from torch import Tensor, nn
-from ..kit import compression, data, ledger, measure, metrics, models, pictures, stats
+from ..kit import compression, data, ledger, measure, metrics, models, pictures, stats, yardsticks
 from ..kit.models import Loaded
 from ..kit.settings import Settings, UsageError, expected_error, settings, unknown
 
@@ -461,4 +461,4 @@ def recipes(
     s:Settings,  # of the run
 )->list:         # (recipe, arguments)
     "What `llmlab run` makes before it executes this notebook: the classifier that all chapters share."
-    return compression.recipes(s)
+    return yardsticks.recipes(s)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..kit import data, ledger, measure, models, pictures, stats, store, training
-from ..kit.compression import classified, classifier, classifier_of, copied, encode_call, held_out, lm_bits, load_classifier
+from ..kit.compression import copied
+from ..kit.yardsticks import classified, classifier, classifier_of, encode_call, held_out, lm_bits, load_classifier
 from ..kit.geometry import geometry_of
 from ..kit.models import Loaded
 from ..kit.settings import Settings, UsageError, settings

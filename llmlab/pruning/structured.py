@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from ..kit import data, ledger, measure, models, pictures, stats
-from llmlab.kit.compression import (Change, Changes, calibration, copied, decode_call, encode_call, held_out, lm_bits, prefill_call, retrieval_mrr,
-    retrieval_pairs)
+from ..kit.compression import Change, Changes, calibration, copied
+from ..kit.yardsticks import decode_call, encode_call, held_out, lm_bits, prefill_call, retrieval_mrr, retrieval_pairs
 from ..kit.geometry import geometry_of
 from ..kit.models import Loaded
 from ..kit.settings import Damaged, UsageError, expected_error, settings, unknown

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
-from ..kit import compression, data, ledger, measure, metrics, models, stats
+from ..kit import compression, data, ledger, measure, metrics, models, stats, yardsticks
 from ..kit.compression import Change, Changes, Place
 from ..kit.models import Loaded
 from ..kit.settings import UsageError, expected_error, settings, unknown
