@@ -7,6 +7,7 @@ __all__ = ['forest', 'dominated', 'label_points', 'plain_log', 'trade_off', 'for
 
 # %% ../../nbs/kit/02_pictures.ipynb #a3191e32
 import math
+from .settings import UsageError
 from .stats import Estimate
 
 # %% ../../nbs/kit/02_pictures.ipynb #b47395d6
@@ -82,7 +83,8 @@ def trade_off(
     lower:bool=False,     # whether less of it is better
     ax=None,              # matplotlib axes; None: new ones
 ):                        # the axes
-    "Quality with its interval against cost; what another point beats in both is grey."
+    "Quality with its interval against cost; what another point beats in both is grey. Raises `UsageError` for no points."
+    if not points: raise UsageError("there is nothing to draw: points is empty")
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
     grey = dict(zip(points, dominated([(c, -q.value if lower else q.value) for c, q in points.values()])))
