@@ -266,7 +266,7 @@ def lora_classifier_of(
 )->dict:         # arguments of `lora_classifier`
     "What a run asks of the store for its encoder with LoRA."
     return dict(encoder=s.encoder, edition=models.edition(s.encoder), task=s.task, made_from=data.origin(s.task), examples=s.train_examples,
-                epochs=2. if s.evidence else 1., seed=s.seed)
+                epochs=(3. if s.effort > 1 else 2.) if s.evidence else 1., seed=s.seed)
 
 def recipes(
     s:Settings,  # of the run
