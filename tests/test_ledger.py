@@ -264,6 +264,19 @@ def test_smoke_enforces_equality_size_and_error_but_neither_speed_nor_quality(tm
     assert tiny.claim("speed", slow, at_least=1, kind="speed").verdict == tiny.claim("quality", slow, at_least=1, needs="evidence").verdict == "failed"
 
 
+def test_a_bound_known_to_be_out_of_reach_is_missed_and_stays_what_it_was(tmp_path):
+    book = start("selection/candidates", settings_for(tmp_path, "tiny"))
+    slow, fast = Estimate(.5, .4, .6, 15, "×"), Estimate(2, 1.9, 2.1, 15, "×")
+    c = book.claim("fast", slow, at_least=1, kind="speed", missed="no matrix units")
+    assert (c.verdict, c.at_least) == ("missed", 1) and "no matrix units" in c.reason
+    assert book.claim("fast there", fast, at_least=1, kind="speed", missed="no matrix units").verdict == "held"
+    assert book.claim("nothing", None, at_least=1, kind="speed", missed="no matrix units").verdict == "failed"
+    with pytest.raises(UsageError, match="about equality"): book.claim("equal", 2, equal=1, missed="rounding")
+    with pytest.raises(ClaimsFailed, match="1 of 3"): book.close()
+    smoke = start("selection/candidates", settings_for(tmp_path, "smoke"))
+    assert smoke.claim("fast", slow, at_least=1, kind="speed", missed="no matrix units").verdict == "skipped"
+
+
 @pytest.mark.parametrize("wrong, match", [({}, "at_most, at_least"), (dict(equal=1, at_most=2), "or equal"),
     (dict(at_most=math.nan), "at_most is nan"), (dict(at_most=1, needs="gpus"), "gpu"),
     (dict(at_most=1, value="much"), "much")])
@@ -274,7 +287,7 @@ def test_what_a_claim_refuses(book, wrong, match):
 
 def test_close_names_every_failed_claim_once_with_value_and_bound(book):
     book.claim("fine", 1, at_most=2)
-    assert book.close().counts() == dict(held=1, failed=0, skipped=0)
+    assert book.close().counts() == dict(held=1, failed=0, missed=0, skipped=0)
     book.claim("too big", exact(30e6, "B"), at_most=20e6); book.claim("too slow", Estimate(.5, .4, .6, 15, "×"), at_least=1, kind="speed")
     with pytest.raises(ClaimsFailed) as e: book.close()
     assert "2 of 3" in str(e.value) and "too big — 30 MB, ≤ 20 MB" in str(e.value) and "too slow" in str(e.value)

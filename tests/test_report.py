@@ -72,6 +72,7 @@ def test_the_page_says_everything_and_asks_nobody(full):
     ([claim("a", "held"), claim("b", "failed")], "1 of 2 claims failed", "bad"),
     ([claim("a", "held"), claim("b", "skipped")], "1 claims held, 1 could not be decided here", "good"),
     ([claim("b", "skipped")], "No claim could be decided here", "skip"),
+    ([claim("a", "held"), claim("b", "missed")], "1 claims held, 1 bound missed, 0 could not be decided here", "skip"),
     ([], "none of them claims anything", "good"),
 ])
 def test_verdict_first(tmp_path, claims, headline, mood):

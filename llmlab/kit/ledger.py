@@ -297,11 +297,14 @@ class Book:
         needs=None,          # "evidence", "seeds" (three or more), "effort" (long trainings), "cuda", "mps", "gpu", "multi-gpu"; one or several
         kind:str|None=None,  # "quality", "size", "speed", "equality", "error"; speed always needs evidence
         skip:str="",         # why it cannot be decided here, such as a hub that does not answer
+        missed:str="",       # why the bound is known to be out of reach: missing it is told and counted, and does not fail the run
     )->Claim:                # displayed
         "Judge a sentence and write it down. A missing or NaN value fails. Raises `UsageError` for a claim without a bound."
         bounds = {k: _number(v, k) for k, v in dict(at_most=at_most, at_least=at_least, equal=equal).items() if v is not None}
         if not bounds or len(bounds) > 1 and "equal" in bounds: raise UsageError(f"the claim {text!r} needs at_most, at_least (or both), or equal")
         kind = kind or ("equality" if "equal" in bounds else "quality")
+        if missed and kind not in ("quality", "speed"):
+            raise UsageError(f"the claim {text!r} is about {kind}: only a bound on quality or speed can be out of reach")
         needs = (needs,) if isinstance(needs, str) else tuple(needs or ())
         if kind == "speed" and "evidence" not in needs: needs += ("evidence",)
         value, reason = _found(value)
@@ -314,6 +317,7 @@ class Book:
             at = bounds.get("equal")
             low, high = (at - tolerance, at + tolerance) if at is not None else (bounds.get("at_least", -math.inf), bounds.get("at_most", math.inf))
             verdict, reason = judge(value, low, high, kind, strict=bool({"evidence", "seeds", "effort"} & {*needs}))
+        if verdict == "failed" and missed and value is not None: verdict, reason = "missed", missed + (f" ({reason})" if reason else "")
         identity = _hash(self.notebook, text, self.s.profile, self.s.device, self.s.seed)
         claim = Claim(identity, self._now(), self.notebook, text, value, **bounds, tolerance=tolerance, kind=kind, needs=needs,
                       verdict=verdict, reason=reason, profile=self.s.profile, device=self.s.device)

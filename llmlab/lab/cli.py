@@ -92,9 +92,9 @@ def list_(
         rows = []
         for folder in find_runs(out):
             try: r = read_run(folder)
-            except UsageError: rows.append((folder.name, "damaged", *[""] * 5)); continue
+            except UsageError: rows.append((folder.name, "damaged", *[""] * 6)); continue
             rows.append((r.name, r.verdict, r.info.get("profile", ""), len(r.results), *r.counts().values()))
-        head = ("run", "verdict", "profile", "notebooks", "held", "failed", "skipped")
+        head = ("run", "verdict", "profile", "notebooks", "held", "failed", "missed", "skipped")
         _say(_table(head, rows) if rows else "there is no run yet. Make one with `llmlab run`")
         return
     from llmlab.kit.settings import budget_s

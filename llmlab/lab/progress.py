@@ -24,7 +24,7 @@ def said_claims(
     counts:dict,  # how many by verdict
 )->str:           # such as "5 held, 1 skipped"
     "Claims in words."
-    return ", ".join(f"{n} {v}" for v in ("failed", "held", "skipped") if (n := counts.get(v)))
+    return ", ".join(f"{n} {v}" for v in ("failed", "missed", "held", "skipped") if (n := counts.get(v)))
 
 def words(
     r:Result,

@@ -165,6 +165,8 @@ _says = {"held": ("All claims held", "good"), "wrong usage": ("Wrong usage", "ba
 def _headline(run):
     n = run.counts()
     if run.verdict == "held" and not any(n.values()): return "Every notebook ran; none of them claims anything", "good"
+    if run.verdict == "held" and n["missed"]:
+        return f"{n['held']} claims held, {n['missed']} bound{'s' * (n['missed'] > 1)} missed, {n['skipped']} could not be decided here", "skip"
     if run.verdict == "held" and n["skipped"]:
         return (f"{n['held']} claims held, {n['skipped']} could not be decided here", "good") if n["held"] else ("No claim could be decided here", "skip")
     if run.verdict == "failed": return f"{n['failed']} of {sum(n.values())} claims failed", "bad"
@@ -198,7 +200,7 @@ def page(
     "The report of a run."
     import jinja2, markupsafe
     shown = columns(run.rows)
-    rank = dict(failed=0, held=1, skipped=2)
+    rank = dict(failed=0, missed=1, held=2, skipped=3)
     headline, mood = _headline(run)
     done = {r.slug for r in run.results if (run.folder/r.slug/"notebook.html").is_file()}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -82,7 +82,7 @@ class Run:
         return {0: "held", 1: "failed", 2: "wrong usage", 3: "broken", 4: "unavailable", 130: "unfinished"}[self.exit_status]
     def counts(self):
         verdicts = [c.get("verdict") for c in self.claims]
-        return {v: verdicts.count(v) for v in ("held", "failed", "skipped")}
+        return {v: verdicts.count(v) for v in ("held", "failed", "missed", "skipped")}
     def summary(self)->dict: # what verdict.json holds
         took = [r.seconds for r in self.results if r.seconds]
         return dict(schema=1, run=self.name, verdict=self.verdict, exit_status=130 if self.verdict == "interrupted" else self.exit_status, claims=self.counts(),
@@ -93,7 +93,7 @@ class Run:
                 if c.get("verdict") == "failed"])
     def __repr__(self):
         n = self.counts()
-        return f"{self.name}: {self.verdict}; {len(self.results)} notebooks; claims: {n['held']} held, {n['failed']} failed, {n['skipped']} skipped"
+        return f"{self.name}: {self.verdict}; {len(self.results)} notebooks; claims: " + ", ".join(f"{k} {v}" for v, k in n.items())
 
 def _value(claim):
     v = claim.get("value")
@@ -161,7 +161,7 @@ def junit(
         said = f"{ENDINGS[r.status][1]}: {e.get('name', '')} {e.get('value', '')}".strip()
         case("notebook", r.notebook, r.seconds, kind, said, e.get("traceback") or e.get("source") or "")
     for c in run.claims:
-        kind = dict(held="", failed="failure", skipped="skipped").get(c.get("verdict"), "error")
+        kind = dict(held="", failed="failure", missed="skipped", skipped="skipped").get(c.get("verdict"), "error")
         bound = ", ".join(f"{k} {v}" for k, v in _bound(c).items())
         case(c.get("text"), c.get("notebook"), 0, kind, f"value {_value(c)}, bound {bound}. {c.get('reason') or ''}".strip())
     counts = " ".join(f'{k}="{v}"' for k, v in n.items())

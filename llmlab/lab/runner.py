@@ -208,7 +208,7 @@ def _settle(result, r, folder):
     "Turn the engine's answer into the notebook's result, and write it."
     claims = [c.get("verdict") for c in read_jsonl(folder/"claims.jsonl")]
     result.status, result.seconds, result.error = r["status"], r.get("seconds"), r.get("error")
-    result.claims = {v: claims.count(v) for v in ("held", "failed", "skipped") if v in claims}
+    result.claims = {v: claims.count(v) for v in ("held", "failed", "missed", "skipped") if v in claims}
     if result.status == "ok" and result.claims.get("failed"): result.status = "claims"
     if result.status in FINISHED: result.cell = result.cells
     elif result.error and result.error.get("cell"): result.cell = result.error["cell"]
