@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'recipe', 'linear_rate', 'train_by_hand', 'batches_of', 'multiplied', 'forecast_rate', 'step_call',
-           'plot_rates', 'where_time_goes', 'short_training', 'killed_training', 'events']
+           'plot_rates', 'short_training', 'killed_training', 'events']
 
 # %% ../../nbs/02_finetuning/01_full.ipynb #c5d22e6f
 import math, os, signal, subprocess, sys, time
@@ -114,12 +114,9 @@ def step_call(
     batch_size:int=32,
 )->Callable:                # without arguments: forward and backward over all rows
     "One pass of training over some rows, without the optimizer's step."
-    x, y = rows["input_ids"][:], rows["labels"][:]
-    pad, made = loaded.tokenizer.pad_token_id or 0, []
+    x, y, made = rows["input_ids"][:], rows["labels"][:], []
     for chosen, width in batches_of([len(o) for o in x], strategy, batch_size):
-        ids, mask = torch.full((len(chosen), width), pad), torch.zeros(len(chosen), width, dtype=torch.long)
-        for r, i in enumerate(chosen): ids[r, :len(x[i])] = torch.tensor(x[i]); mask[r, :len(x[i])] = 1
-        batch = dict(input_ids=ids, attention_mask=mask, labels=torch.tensor([y[i] for i in chosen]))
+        batch = training.collator(loaded.tokenizer, "max", width)([dict(input_ids=x[i], labels=y[i]) for i in chosen])
         made.append({k: v.to(loaded.device) for k, v in batch.items()})
     def call():
         for b in made:
@@ -143,21 +140,6 @@ def plot_rates(
     ax.set(xscale="log", xlabel="examples a second"); ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
     return ax
-
-# %% ../../nbs/02_finetuning/01_full.ipynb #4d9b1867
-def where_time_goes(
-    call:Callable,   # of `step_call`
-)->dict:             # kind → share of the CPU time: products, attention, activation and norm, the rest
-    "A profile of one training pass."
-    from torch.profiler import ProfilerActivity, profile
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes that it began and ended
-    kinds = {"products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("scaled_dot_product",), "activation, norm": ("gelu", "layer_norm"),
-             "copies, casts": ("copy_", "to_copy"), "embedding": ("embedding", "index"), "dropout": ("dropout", "bernoulli")}
-    call()
-    with profile(activities=[ProfilerActivity.CPU]) as p: call()
-    taken = dict.fromkeys((*kinds, "the rest"), 0.)
-    for e in p.key_averages(): taken[next((k for k, marks in kinds.items() if any(m in e.key for m in marks)), "the rest")] += e.self_cpu_time_total
-    return {k: v / sum(taken.values()) for k, v in taken.items()}
 
 # %% ../../nbs/02_finetuning/01_full.ipynb #f5f56097
 def short_training(

@@ -11,7 +11,7 @@ import json, math, os, shutil, sys, time
 from pathlib import Path
 import torch
 from torch import Tensor
-from ..kit import corpora, data, metrics, models, store, training
+from ..kit import corpora, data, measure, metrics, models, store, training
 from ..kit.settings import UsageError, checkout, installed, replace_file, seed_everything, unknown
 
 # %% ../../nbs/00_foundations/04_pretrain.ipynb #907c3b78
@@ -268,24 +268,14 @@ def main(
 if __name__ == "__main__" and "ipykernel" not in sys.modules: main()
 
 # %% ../../nbs/00_foundations/04_pretrain.ipynb #a112da6d
-_KINDS = {"products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("scaled_dot_product",), "loss": ("log_softmax", "nll_loss")}
-
 def step_profile(
     loaded:models.Loaded,       # a causal language model; it is not changed
     windows:Tensor,             # (B, T) of `training.pack`
 )->dict:                        # seconds by kind: products, attention, loss, the rest
     "One forward and backward pass in bfloat16, by what its time goes into."
-    from torch.profiler import ProfilerActivity, profile
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes that it began and ended
     model = loaded.model
     x = windows.long().to(loaded.device)
     def step():
         with torch.autocast(loaded.device.type, torch.bfloat16): model(input_ids=x, labels=x, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
-    step()
-    with profile(activities=[ProfilerActivity.CPU]) as p: step()
-    taken = dict.fromkeys((*_KINDS, "the rest"), 0.)
-    for e in p.key_averages():
-        kind = next((k for k, marks in _KINDS.items() if any(m in e.key for m in marks)), "the rest")
-        taken[kind] += e.self_cpu_time_total / 1e6
-    return taken
+    return measure.time_by_kind(step)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['time_calls', 'Speed', 'Comparison', 'compare', 'throughput', 'Percentiles', 'percentiles', 'Generation',
-           'generation_times', 'Overhead', 'overhead', 'Ceilings', 'Energy', 'Forecast', 'Forecasts', 'GpuCounters',
-           'Monitor', 'Peak', 'Work', 'ceilings', 'count_ops', 'energy', 'fresh_process_peak', 'gpu_counters',
-           'hardware', 'peak_memory', 'predict', 'reader', 'sample', 'synchronise', 'work']
+           'generation_times', 'Overhead', 'overhead', 'KINDS', 'Ceilings', 'Energy', 'Forecast', 'Forecasts',
+           'GpuCounters', 'Monitor', 'Peak', 'Work', 'ceilings', 'count_ops', 'energy', 'fresh_process_peak',
+           'gpu_counters', 'hardware', 'peak_memory', 'predict', 'reader', 'sample', 'synchronise', 'time_by_kind',
+           'work']
 
 # %% ../../nbs/kit/06_measure.ipynb #9e0844d0
 import gc, math, time
@@ -14,14 +15,15 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from .footprint import Energy, GpuCounters, Monitor, Peak, energy, fresh_process_peak, gpu_counters, peak_memory
-from .machine import (Ceilings, Forecast, Forecasts, Work, ceilings, count_ops, hardware, predict, reader, sample, synchronise, work)
+from llmlab.kit.machine import (KINDS, Ceilings, Forecast, Forecasts, Work, ceilings, count_ops, hardware, predict, reader, sample, synchronise, time_by_kind,
+    work)
 from .pictures import plain_log
 from .settings import UsageError, unknown
 from .stats import Estimate, Shown, Table, estimate, ratio, written
 
 # %% ../../nbs/kit/06_measure.ipynb #5a8d2d55
-_all_ = ["Ceilings", "Energy", "Forecast", "Forecasts", "GpuCounters", "Monitor", "Peak", "Work", "ceilings", "count_ops", "energy", "fresh_process_peak",
-    "gpu_counters", "hardware", "peak_memory", "predict", "reader", "sample", "synchronise", "work"]
+_all_ = ["KINDS", "Ceilings", "Energy", "Forecast", "Forecasts", "GpuCounters", "Monitor", "Peak", "Work", "ceilings", "count_ops", "energy",
+    "fresh_process_peak", "gpu_counters", "hardware", "peak_memory", "predict", "reader", "sample", "synchronise", "time_by_kind", "work"]
 
 # %% ../../nbs/kit/06_measure.ipynb #bcad5acd
 def _calls(fn, device, clock, least_s, most=4096):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from ..kit import data, ledger, measure, models, pictures, stats
-from ..kit.compression import Change, Changes, calibration, copied
+from ..kit.compression import Change, Changes, already_quantized, calibration, copied
 from ..kit.yardsticks import decode_call, encode_call, held_out, lm_bits, prefill_call, retrieval_mrr, retrieval_pairs
 from ..kit.geometry import geometry_of
 from ..kit.models import Loaded
@@ -54,10 +54,8 @@ def anatomy(
 
 def _refuse_quantized(loaded):
     "Packed weights have no rows to take."
-    odd = next((n for n, p in loaded.model.named_parameters() if type(p.data) is not Tensor or not p.is_floating_point()), None)
-    odd = odd or next((n for n, m in loaded.model.named_modules() if "quantized" in type(m).__module__ or hasattr(m, "W_q")), None)
-    if odd is not None or getattr(loaded.model.config, "quantization_config", None):
-        raise UsageError(f"{loaded.name} is already quantized ({odd or 'says its configuration'}). Prune the float model first, then quantize what is left")
+    if found := already_quantized(loaded):
+        raise UsageError(f"{loaded.name} is already quantized ({found}). Prune the float model first, then quantize what is left")
 
 # %% ../../nbs/04_pruning/02_structured.ipynb #9a135db3
 @dataclass(frozen=True)

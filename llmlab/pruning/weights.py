@@ -195,10 +195,7 @@ def _checked_request(sparsity, method, scope, pattern):
 
 def _checked_model(model):
     "Refuse what is quantized, and experts in one tensor, which no list of matrices would show."
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    bad = next((n for n, t in tensors if t.dtype in (torch.int8, torch.uint8) or t.is_quantized or hasattr(t, "__tensor_flatten__")), None)
-    bad = bad or next((n for n, m in model.named_modules() if hasattr(m, "_packed_params")), None)
-    if bad: raise UsageError(f"{bad} is quantized already: its codes have no zeros to set. Prune first, then quantize")
+    if bad := compression.already_quantized(model): raise UsageError(f"{bad} is quantized already: its codes have no zeros to set. Prune first, then quantize")
     experts = next((n for n, p in model.named_parameters() if p.ndim == 3), None)
     if experts: raise UsageError(f"{experts} holds all experts of a mixture in one tensor, which is not supported: "
         "pruning all but the experts would leave most weights as they are")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['recipes', 'recipe_quantize', 'recipe_size', 'converted', 'PackedWeight', 'described', 'QuantizedLinear',
-           'QuantizedEmbedding', 'already_quantized', 'fused', 'with_packed', 'weight_only', 'rounded', 'dequantized',
-           'noise', 'plot_lost', 'torchao_quantized', 'torchao_int4', 'torchao_int8', 'plot_peaks', 'captured',
-           'integer_matmul', 'IntegerLinear', 'dynamic', 'FullRange', 'library_dynamic', 'input_ranges', 'static',
-           'Replay', 'taken_apart', 'foretell']
+           'QuantizedEmbedding', 'fused', 'with_packed', 'weight_only', 'rounded', 'dequantized', 'noise', 'plot_lost',
+           'torchao_quantized', 'torchao_int4', 'torchao_int8', 'plot_peaks', 'captured', 'integer_matmul',
+           'IntegerLinear', 'dynamic', 'FullRange', 'library_dynamic', 'input_ranges', 'static', 'Replay',
+           'taken_apart', 'foretell']
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #3c9bc3d6
 import copy, math
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from ..kit import compression, data, ledger, measure, models, stats, yardsticks
-from ..kit.compression import Change, Changes
+from ..kit.compression import Change, Changes, already_quantized
 from ..kit.models import Loaded
 from ..kit.settings import Settings, UsageError, expected_error, settings
 from . import arithmetic
@@ -128,18 +128,6 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, ids): return self.packed.dequantize(ids)
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #d15c26eb
-def already_quantized(
-    loaded:Loaded,  # a model
-)->str:             # the first quantized part, or an empty string
-    "Whether a model holds quantized weights: of this chapter, of torch, of torchao, of another library."
-    for name, m in loaded.model.named_modules():
-        kind = type(m)
-        foreign = kind.__module__.startswith(("torch.ao.nn.quantized", "hqq", "bitsandbytes"))
-        if foreign or getattr(kind, "holds_codes", False): return f"{name}, {kind.__name__}"
-    for name, p in loaded.model.named_parameters():
-        if hasattr(p, "__tensor_flatten__") or not p.is_floating_point(): return f"{name}, {type(p.data).__name__}"
-    return ""
-
 def fused(
     model:nn.Module,
 )->list[str]:  # names
