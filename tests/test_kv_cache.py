@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 from llmlab.kit import models
 from llmlab.kit.geometry import TASKS
 from llmlab.kit.models import Loaded
-from llmlab.kit.settings import UsageError
+from llmlab.kit.settings import Damaged, UsageError
 from llmlab.quantization import kv_cache as kv
 from llmlab.quantization.post_training import weight_only
 
@@ -105,3 +105,5 @@ def test_packed_files_refuse(llama, tmp_path):
     text = (tmp_path/"config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
     (tmp_path/"config.json").write_text(text)
     with pytest.raises(UsageError, match="does not fit"): kv.load_packed(tmp_path)
+    (tmp_path/"model.safetensors").write_bytes((tmp_path/"model.safetensors").read_bytes()[:5000])
+    with pytest.raises(Damaged, match="cannot be read"): kv.load_packed(tmp_path)
