@@ -192,7 +192,7 @@ def plot_parameters(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6.5, 3), layout="constrained")[1]
     for i, (name, (bits, notes)) in enumerate(found.items()):
-        ax.errorbar([notes["trained"]], [bits.value - base.value], yerr=[[0], [0]], fmt="o", color=f"C{i}", label=name)
+        ax.plot([notes["trained"]], [bits.value - base.value], "o", color=f"C{i}", label=name)
     ax.set(xscale="log", xlabel="trained parameters", ylabel="bits a byte, against the base"); ax.grid(alpha=.3)
     ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, .5)); ax.spines[["top", "right"]].set_visible(False)
     return ax
