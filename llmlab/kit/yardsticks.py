@@ -7,7 +7,6 @@ __all__ = ['held_out', 'lm_bits', 'retrieval_pairs', 'retrieval_mrr', 'predictio
            'load_classifier', 'recipes', 'decode_call', 'prefill_call', 'encode_call']
 
 # %% ../../nbs/kit/11_yardsticks.ipynb #d7065ef4
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 import torch
