@@ -131,3 +131,20 @@ def test_predictions_do_not_depend_on_the_batch():
 def test_calls_have_their_length(llama):
     assert yardsticks.decode_call(llama, 5, 3)().shape == (1, 8)
     assert yardsticks.prefill_call(llama, 7, 2)().shape[0] == 2
+
+
+def test_codes_of_every_library_are_known():
+    import warnings
+    from llmlab.quantization.post_training import dynamic, weight_only
+    plain = drawn(TINY["qwen3"]())
+    assert c.already_quantized(plain) == c.already_quantized(plain.model) == ""
+    for changed in (weight_only(plain, 8)[0], weight_only(plain, 4, group_size=8)[0], dynamic(plain)[0]): assert c.already_quantized(changed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert c.already_quantized(torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(torch.nn.Linear(4, 4)), {torch.nn.Linear}))
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        quantize_(linear := torch.nn.Sequential(torch.nn.Linear(32, 32)), Int8WeightOnlyConfig())
+    assert c.already_quantized(linear)
+    configured = c.copied(plain)
+    configured.model.config.quantization_config = dict(quant_method="awq")
+    assert "configuration" in c.already_quantized(configured)
