@@ -156,7 +156,14 @@ def _register(report, env, cwd, budget_s):
                 begun_cells.append(cell_index)
                 if cell.cell_type == "code": report(event="cell", cell=code.index(cell_index) + 1, cells=len(code))
             client = _client_class()(nb_man, kernel_name=kernel_name, startup_timeout=45, on_cell_start=begun, coalesce_streams=True)
-            return client.execute(env=env, cwd=cwd, budget_s=budget_s)
+            save, saved = nb_man.save, [time.monotonic()]
+            def now_and_then(**more):  # papermill writes the whole notebook twice a cell, which costs more than most cells
+                if time.monotonic() - saved[0] < 5: return
+                save(**more)
+                saved[0] = time.monotonic()
+            nb_man.save = now_and_then
+            try: return client.execute(env=env, cwd=cwd, budget_s=budget_s)
+            finally: nb_man.save = save  # for papermill's own, after the last cell
     papermill_engines.register("llmlab", LabEngine)
     return begun_cells
 
