@@ -247,15 +247,16 @@ def difference(
     level:float=.95,    # of confidence
     resamples:int=2000, # bootstrap resamples
     seed:int=0,         # of the resampling
-)->Estimate:            # in that unit
+)->Estimate:            # in that unit; in points for percentages
     "`a` minus `b` with its interval; without observations from the two intervals, as independent (Zou & Donner 2008). Raises `UsageError` for unlike units."
     _checked(level, resamples)
     if a.unit != b.unit: raise UsageError(f"cannot subtract {b} from {a}: bring both to one unit with `scaled`")
     statistic = a.statistic if statistic is None else statistic
-    if a.samples is None or b.samples is None: return _from_intervals(a, b, a.unit)
+    unit = "points" if a.unit == "%" else a.unit  # 3 % less is not 3 points less
+    if a.samples is None or b.samples is None: return _from_intervals(a, b, unit)
     x, y = _observations(a), _observations(b)
-    if paired and statistic in ("mean", "median") and x.shape == y.shape: return _estimated(x - y, a.unit, statistic, level, resamples, seed)
-    return _of_two(lambda u, v: u - v, x, y, a.unit, statistic, paired, level, resamples, seed)
+    if paired and statistic in ("mean", "median") and x.shape == y.shape: return _estimated(x - y, unit, statistic, level, resamples, seed)
+    return _of_two(lambda u, v: u - v, x, y, unit, statistic, paired, level, resamples, seed)
 
 def _of_two(join, x, y, unit, statistic, paired, level, resamples, seed):
     import numpy as np
