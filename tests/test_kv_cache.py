@@ -1,4 +1,4 @@
-"""The quantized cache and packed files: every geometry, every byte, and what is refused."""
+"""The quantized cache: every geometry, every byte, and what is refused."""
 import pytest
 import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
@@ -8,9 +8,8 @@ from transformers.cache_utils import DynamicCache
 from llmlab.kit import models
 from llmlab.kit.geometry import TASKS
 from llmlab.kit.models import Loaded
-from llmlab.kit.settings import Damaged, UsageError
+from llmlab.kit.settings import UsageError
 from llmlab.quantization import kv_cache as kv
-from llmlab.quantization.post_training import weight_only
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
     vocab_size=300, max_position_embeddings=128)
@@ -83,27 +82,3 @@ def test_no_beams_and_no_nonsense(llama):
     for how, match in ((dict(bits=9), "bits"), (dict(keys="head"), "way of sharing"), (dict(group_size=0), "group_size"), (dict(window=-1), "window")):
         with pytest.raises(UsageError, match=match): kv.quantized_cache(llama, **how)
     with pytest.raises(UsageError, match="multiple"): kv.block(torch.ones(1, 1, 5, 8), group_size=4)
-
-
-@pytest.mark.parametrize("make", [lambda: drawn(LlamaConfig(**SHAPE, tie_word_embeddings=True)), lambda: drawn(LlamaConfig(**SHAPE, tie_word_embeddings=False)),
-    lambda: models.load("random:gpt2-tiny", task="causal-lm"), lambda: models.load("random:bert-tiny")])
-def test_packed_files_read_back_exactly(make, tmp_path):
-    m = weight_only(make(), 8)[0]
-    back = kv.load_packed(kv.save_packed(m, tmp_path))
-    x = torch.arange(4, 12)[None]
-    with torch.inference_mode(): a, b = (o.model(input_ids=x)[0] for o in (m, back))
-    assert torch.equal(a, b) and models.bytes_in_memory(back) == models.bytes_in_memory(m)
-    assert (back.name, back.weights, back.task) == (m.name, m.weights, m.task)
-
-
-def test_packed_files_refuse(llama, tmp_path):
-    with pytest.raises(UsageError, match="no packed weights"): kv.save_packed(llama, tmp_path)
-    with pytest.raises(UsageError, match="no model.safetensors"): kv.load_packed(tmp_path)
-    models.save(llama, tmp_path)
-    with pytest.raises(UsageError, match="no packed weights"): kv.load_packed(tmp_path)
-    kv.save_packed(weight_only(llama, 8)[0], tmp_path)
-    text = (tmp_path/"config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
-    (tmp_path/"config.json").write_text(text)
-    with pytest.raises(UsageError, match="does not fit"): kv.load_packed(tmp_path)
-    (tmp_path/"model.safetensors").write_bytes((tmp_path/"model.safetensors").read_bytes()[:5000])
-    with pytest.raises(Damaged, match="cannot be read"): kv.load_packed(tmp_path)

@@ -9,7 +9,7 @@ from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, 
 from llmlab.kit import compression, models
 from llmlab.kit.geometry import TASKS
 from llmlab.kit.models import Loaded
-from llmlab.kit.settings import UsageError
+from llmlab.kit.settings import Damaged, UsageError
 from llmlab.quantization import post_training as pt
 from llmlab.quantization.arithmetic import quantize
 
@@ -226,3 +226,26 @@ def test_the_repaired_library_converts_conv1d():
     assert len(pt.converted(pt.recipe_quantize(m.model))) == 1
     whole = pt.library_dynamic(m)
     assert len(pt.converted(whole.model)) == len(compression.matrices(m)) and off(whole, m) < .1
+
+
+@pytest.mark.parametrize("some", ["all of it", "head and embedding in floats"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_files_read_back_exactly(name, some, tmp_path):
+    m = pt.weight_only(drawn(name), 8, **({} if some == "all of it" else dict(head=0, embeddings=0)))[0]
+    back = pt.load_packed(pt.save_packed(m, tmp_path))
+    assert torch.equal(out(m), out(back)) and models.bytes_in_memory(back) == models.bytes_in_memory(m)
+    assert (back.name, back.weights, back.task) == (m.name, m.weights, m.task)
+
+
+def test_packed_files_refuse(tmp_path):
+    m = drawn("llama")
+    with pytest.raises(UsageError, match="no packed weights"): pt.save_packed(m, tmp_path)
+    with pytest.raises(UsageError, match="no model.safetensors"): pt.load_packed(tmp_path)
+    models.save(m, tmp_path)
+    with pytest.raises(UsageError, match="no packed weights"): pt.load_packed(tmp_path)
+    pt.save_packed(pt.weight_only(m, 8)[0], tmp_path)
+    text = (tmp_path/"config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    (tmp_path/"config.json").write_text(text)
+    with pytest.raises(UsageError, match="does not fit"): pt.load_packed(tmp_path)
+    (tmp_path/"model.safetensors").write_bytes((tmp_path/"model.safetensors").read_bytes()[:5000])
+    with pytest.raises(Damaged, match="cannot be read"): pt.load_packed(tmp_path)

@@ -9,7 +9,8 @@ from test_better_rounding import CONFIGS, batches_for, drawn, snapshot
 from torch.nn.utils import parametrize
 
 from llmlab.kit import compression, training
-from llmlab.kit.settings import Damaged, UsageError
+from llmlab.kit.settings import UsageError
+from llmlab.kit.teaching import answering, taught
 from llmlab.quantization import better_rounding as br
 from llmlab.quantization import qat
 from llmlab.quantization.arithmetic import choose_scale
@@ -110,31 +111,24 @@ def test_trained_by_the_trainer():
 
 def test_a_teacher_that_agrees_teaches_nothing():
     m = drawn("llama")
-    student, x = qat.taught_by(compression.copied(m), m), batches_for(m)[0]["input_ids"]
-    assert student.model(input_ids=x, labels=x).loss.abs() < 1e-6
-    assert qat.taught_by(shaken(compression.copied(m), .5), m).model(input_ids=x, labels=x).loss > 1e-4
+    x = batches_for(m)[0]["input_ids"]
+    def loss(student):
+        with taught(student, answering(m), temperature=1., hard=0.): return student.model.train()(input_ids=x, labels=x).loss
+    assert loss(compression.copied(m)).abs() < 1e-6 and loss(shaken(compression.copied(m), .5)) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "classifier"])
 def test_the_packed_file_gives_the_model_back(name, tmp_path):
     m, batch = drawn(name), batches_for(drawn(name))[0]
     ready = shaken(qat.prepare(m, 3, 8))
-    out, codes = qat.convert(ready)[0], qat.codes_of(ready)
-    file = qat.save_packed(out, codes, tmp_path/"packed.safetensors")
-    assert torch.equal(logits(qat.load_packed(m, file), batch), logits(ready, batch))
+    folder, codes = qat.save_packed(qat.convert(ready, packed=True)[0], tmp_path), qat.codes_of(ready)
+    back = qat.dequantized(qat.load_packed(folder))
+    same = {p.name: p.weight for p in compression.matrices(qat.convert(ready)[0])}
+    assert all(torch.equal(p.weight, same[p.name]) for p in compression.matrices(back)) and len(same) == len(compression.matrices(back))
+    torch.testing.assert_close(logits(back, batch), logits(ready, batch), rtol=1e-5, atol=1e-6)  # Conv1D comes back as nn.Linear, which adds up in another order
     floats = sum(p.nbytes for p in m.model.parameters()) - sum(p.weight.nbytes for p in compression.matrices(m, head=False))
     kept = sum(q.packed().nbytes for q in codes.values()) + floats
-    assert kept <= file.stat().st_size <= kept + 40_000  # names and shapes
-
-
-def test_a_damaged_file_is_refused(tmp_path):
-    m = drawn("llama")
-    ready = qat.prepare(m, 3, 8)
-    file = qat.save_packed(qat.convert(ready)[0], qat.codes_of(ready), tmp_path/"packed.safetensors")
-    with pytest.raises(Damaged, match="has not"): qat.load_packed(drawn("opt"), file)
-    (tmp_path/"half").write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(Damaged, match="no packed model"): qat.load_packed(m, tmp_path/"half")
-    with pytest.raises(Damaged, match="no packed model"): qat.load_packed(m, tmp_path/"missing")
+    assert kept <= (folder/"model.safetensors").stat().st_size <= kept + 40_000  # names and shapes
 
 
 @pytest.mark.parametrize("how, message", [(dict(bits=0), "1 to 8"), (dict(bits=9), "1 to 8"), (dict(bits=1, symmetric=True), "2 to 8"),

@@ -237,7 +237,7 @@ def load_adapter(
     return copy
 
 # %% ../../nbs/02_finetuning/04_lora.ipynb #44575fbb
-@store.recipe(version=1, uses=("torch", "transformers", training.fit, training.tokenized, add_lora))
+@store.recipe(version=1, uses=("torch", "transformers", training.fit, training.tokenized, yardsticks.tuned_on, add_lora))
 def lora_classifier(
     folder:Path,           # where the store wants the files
     *, encoder:str,        # as in `models.load`
@@ -253,11 +253,8 @@ def lora_classifier(
     device:str="cpu",
 )->dict:                   # parameters trained, seconds
     "An encoder with LoRA in all linear layers, tuned on a task and saved as an adapter."
-    train = data.load(task, "train", limit=examples, seed=seed)
-    m = models.load(encoder, task="classifier", labels=train.features["label"].names, device=device, seed=seed)
-    ready, _ = add_lora(m, r, alpha, seed=seed)
-    how = dict(epochs=epochs, lr=lr, precision="bfloat16", group_by_length=True, seed=seed, in_place=True)
-    done = training.fit(ready, training.tokenized(train, m.tokenizer), **how)
+    change = lambda m: add_lora(m, r, alpha, seed=seed)[0]
+    done = yardsticks.tuned_on(task, encoder, change, examples=examples, epochs=epochs, lr=lr, seed=seed, device=device)
     save_adapter(done.loaded, folder)
     return dict(trained=sum(p.numel() for p in done.loaded.model.parameters() if p.requires_grad), seconds=done.seconds, peak=done.peak_memory_bytes)
 
@@ -265,8 +262,7 @@ def lora_classifier_of(
     s:Settings,  # of the run
 )->dict:         # arguments of `lora_classifier`
     "What a run asks of the store for its encoder with LoRA."
-    return dict(encoder=s.encoder, edition=models.edition(s.encoder), task=s.task, made_from=data.origin(s.task), examples=s.train_examples,
-                epochs=(3. if s.effort > 1 else 2.) if s.evidence else 1., seed=s.seed)
+    return yardsticks.classifier_of(s) | (dict(epochs=3.) if s.evidence and s.effort > 1 else {})
 
 def recipes(
     s:Settings,  # of the run

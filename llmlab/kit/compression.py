@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Place', 'matrices', 'already_quantized', 'copied', 'set_weight', 'set_module', 'Change', 'Changes', 'calibration',
-           'Inputs', 'input_statistics']
+           'Inputs', 'each_input', 'input_statistics']
 
 # %% ../../nbs/kit/12_compression.ipynb #5547743d
 import copy
@@ -177,39 +177,51 @@ class Inputs:
     def rms(self)->Tensor: return (self.square_sum / self.n).sqrt()  # (in,)
 
 @torch.inference_mode()
+def each_input(
+    loaded:Loaded,   # a model; it stays as it is
+    batches,         # of `calibration`
+    places:list,     # of `matrices`
+    see,             # called with a place and what flows into it, (n, in) float32
+)->None:
+    "Show what flows into each matrix, padding left out. Raises `UsageError` for no or misshapen batches, and a matrix that nothing flowed into."
+    batches, met, mask = list(batches), set(), None
+    if not batches: raise UsageError("there is nothing to calibrate on: batches is empty. `compression.calibration` makes them")
+    def watch(place):
+        def hook(module, args):
+            x = args[0].detach()
+            if x.shape[-1] != place.shape[1]: raise UsageError(f"{place.name} takes {place.shape[1]} columns, and {tuple(x.shape)} flowed in")
+            if mask is not None and x.shape[:2] == mask.shape: x = x[mask]
+            met.add(place.name); see(place, x.reshape(-1, x.shape[-1]).float())
+        return hook
+    hooks = [p.module.register_forward_pre_hook(watch(p)) for p in places]
+    try:
+        for b in batches:
+            if not isinstance(b, dict) or "input_ids" not in b: raise UsageError(f"a batch is a dict with input_ids (B, T), got {type(b).__name__}")
+            if b["input_ids"].ndim != 2 or not b["input_ids"].numel():
+                raise UsageError(f"input_ids must be (B, T) and not empty, got shape {tuple(b['input_ids'].shape)}")
+            mask = b["attention_mask"].bool() if "attention_mask" in b else None
+            loaded.model(**{k: v.to(loaded.device) for k, v in b.items()})
+    finally:
+        for h in hooks: h.remove()
+    if missed := [p.name for p in places if p.name not in met]:
+        raise UsageError(f"nothing flowed into {len(missed)} matrices, such as {missed[0]}: give more calibration text")
+
 def input_statistics(
     loaded:Loaded,       # a model; it stays as it is
     batches:list[dict],  # of `calibration`
     hessian:bool=False,  # sum x·xᵀ too: in × in floats a matrix
     places=None,         # of `matrices`; None: all but the head
 )->dict[str, Inputs]:    # by module name
-    "Statistics of what flows into each matrix. Raises `UsageError` for no batches, NaN, or a matrix that nothing flowed into."
-    batches = list(batches)
-    if not batches: raise UsageError("there is nothing to calibrate on: batches is empty. `calibration` makes them")
-    places, seen, mask = list(places or matrices(loaded, head=False)), {}, None
-    def watch(place):
-        def hook(module, args):
-            x = args[0].detach()
-            if x.shape[-1] != place.shape[1]: raise UsageError(f"{place.name} takes {place.shape[1]} columns, and {tuple(x.shape)} flowed in")
-            if mask is not None and x.shape[:2] == mask.shape: x = x[mask]
-            x = x.reshape(-1, x.shape[-1]).float()
-            if place.name not in seen:
-                d = x.shape[1]
-                seen[place.name] = Inputs(0, x.new_zeros(d), x.new_zeros(d), x.new_zeros(d, d) if hessian else None)
-            o = seen[place.name]
-            o.n += len(x); o.square_sum += x.square().sum(0); o.absmax = torch.maximum(o.absmax, x.abs().amax(0))
-            if hessian: o.hessian.addmm_(x.t(), x)
-        return hook
-    hooks = [p.module.register_forward_pre_hook(watch(p)) for p in places]
-    try:
-        for b in batches:
-            if not isinstance(b, dict) or "input_ids" not in b: raise UsageError(f"a batch is a dict with input_ids (B, T), got {type(b).__name__}")
-            mask = b["attention_mask"].bool() if "attention_mask" in b else None
-            loaded.model(**{k: v.to(loaded.device) for k, v in b.items()})
-    finally:
-        for h in hooks: h.remove()
-    missed = [p.name for p in places if p.name not in seen]
-    if missed: raise UsageError(f"nothing flowed into {len(missed)} matrices, such as {missed[0]}: give more calibration text")
+    "Statistics of what flows into each matrix. Raises `UsageError` as `each_input` does, and for NaN."
+    seen = {}
+    def add(place, x):
+        if place.name not in seen:
+            d = x.shape[1]
+            seen[place.name] = Inputs(0, x.new_zeros(d), x.new_zeros(d), x.new_zeros(d, d) if hessian else None)
+        o = seen[place.name]
+        o.n += len(x); o.square_sum += x.square().sum(0); o.absmax = torch.maximum(o.absmax, x.abs().amax(0))
+        if hessian: o.hessian.addmm_(x.t(), x)
+    each_input(loaded, batches, list(places or matrices(loaded, head=False)), add)
     bad = next((n for n, o in seen.items() if not o.square_sum.isfinite().all()), None)
     if bad: raise UsageError(f"NaN or infinity flowed into {bad}: the model is broken before anything was done to it")
     return seen

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from ..kit import compression, ledger, models, stats, yardsticks
 from ..kit.models import Loaded
 from ..kit.settings import Unavailable, UsageError, expected_error, settings, unknown
+from . import post_training
 from .engine_files import LLAMAS, rounded, spread_error, suited, torch_logits, write_gguf, write_onnx
 
 # %% ../../nbs/03_quantization/07_engines.ipynb #8252b564
@@ -226,11 +227,8 @@ def _compiler():
 
 # %% ../../nbs/03_quantization/07_engines.ipynb #65fff592
 def _torchao(loaded, config, name, compile_step, context):
-    from torchao.quantization import quantize_
     if compile_step: _compiler()
-    m = in_dtype(loaded, "bfloat16")
-    quantize_(m.model, config)
-    return Static(m, name, compile_step, context)
+    return Static(post_training.torchao_quantized(in_dtype(loaded, "bfloat16"), config, in_place=True), name, compile_step, context)
 
 def torchao_int8(
     loaded:Loaded,         # a Llama, Mistral or Qwen2; it stays as it is
@@ -238,8 +236,7 @@ def torchao_int8(
     context:int=1024,
 )->Static:
     "Int8 weights, one scale a row, multiplied in bfloat16; the embedding stays bfloat16."
-    from torchao.quantization import Int8WeightOnlyConfig
-    return _torchao(loaded, Int8WeightOnlyConfig(), "torchao int8", compiled, context)
+    return _torchao(loaded, post_training.torchao_int8(), "torchao int8", compiled, context)
 
 def torchao_int4(
     loaded:Loaded,         # a Llama, Mistral or Qwen2; it stays as it is

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'keys_and_values', 'plot_channels', 'Block', 'block', 'QuantizedLayer', 'quantized_cache', 'counted_bytes',
-           'cache_bytes', 'end_nats', 'save_packed', 'load_packed', 'torchao_saved']
+           'cache_bytes', 'end_nats', 'torchao_saved']
 
 # %% ../../nbs/03_quantization/06_kv_cache.ipynb #fc27f521
-import json
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +16,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ..kit import ledger, measure, metrics, models, pictures, stats, yardsticks
 from ..kit.geometry import Geometry, dtype_bytes
 from ..kit.models import Loaded
-from ..kit.settings import Damaged, UsageError, expected_error, settings, unknown
-from .arithmetic import Packed, pack, unpack
+from ..kit.settings import UsageError, expected_error, settings, unknown
+from .arithmetic import pack, unpack
 from .engine_files import file_bytes, suited, write_gguf, write_onnx
-from .post_training import PackedWeight, QuantizedEmbedding, QuantizedLinear, weight_only
+from .post_training import load_packed, save_packed, torchao_int8, weight_only
 
 # %% ../../nbs/03_quantization/06_kv_cache.ipynb #7bca5e79
 @torch.inference_mode()
@@ -188,57 +187,6 @@ def end_nats(
     logits = loaded.model(input_ids=end, past_key_values=cache, use_cache=True).logits.float()
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), end[:, 1:].flatten(), reduction="none").view(len(ids), -1).sum(1)
 
-# %% ../../nbs/03_quantization/06_kv_cache.ipynb #9a408a3e
-def _packed(model): return {n: m for n, m in model.named_modules() if isinstance(m, (QuantizedLinear, QuantizedEmbedding))}
-
-def save_packed(
-    loaded:Loaded,  # with packed modules, as `post_training.weight_only` gives it
-    folder,         # where to; made if need be
-)->Path:            # the folder
-    "Save a model with packed weights: one `model.safetensors`, configuration and tokenizer."
-    from safetensors.torch import save_file
-    folder, modules, first = Path(folder).expanduser(), _packed(loaded.model), {}
-    if not modules: raise UsageError(f"{loaded.name} has no packed weights: save it by models.save, or quantize it first")
-    folder.mkdir(parents=True, exist_ok=True)
-    for n, m in modules.items(): first.setdefault(id(m.packed), n)
-    about = {n: dict(kind=type(m).__name__, bits=m.packed.bits, group=m.packed.group, shape=m.packed.shape, same_as=first[id(m.packed)])
-        for n, m in modules.items()}
-    shared = [n for n, o in about.items() if o["same_as"] != n]  # is written once
-    tensors = {n: t.contiguous() for n, t in loaded.model.state_dict().items() if n.partition(".packed.")[0] not in shared}
-    kept = dict(name=loaded.name, weights=loaded.weights, task=loaded.task)
-    save_file(tensors, folder/"model.safetensors", metadata=dict(packed=json.dumps(about), loaded=json.dumps(kept)))
-    loaded.model.config.save_pretrained(folder); loaded.tokenizer.save_pretrained(folder)
-    return folder
-
-def load_packed(
-    folder,            # of `save_packed`
-    device:str="cpu",
-)->Loaded:
-    "Read a model with packed weights back. Raises `UsageError` for a folder without one, `Damaged` for a file that was cut."
-    import transformers
-    from safetensors import SafetensorError, safe_open
-    from llmlab.kit.compression import set_module
-    from llmlab.kit.geometry import TASKS
-    path = Path(folder).expanduser()/"model.safetensors"
-    if not path.is_file(): raise UsageError(f"{folder} holds no model.safetensors")
-    try:
-        with safe_open(path, "pt", device=device) as f: about, tensors = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
-    except SafetensorError as e: raise Damaged(f"{path} cannot be read: {str(e).splitlines()[0]}. Save or copy it again") from e
-    if "packed" not in about: raise UsageError(f"{path} holds no packed weights: load it by models.load")
-    kept, modules, made = json.loads(about["loaded"]), json.loads(about["packed"]), {}
-    model = getattr(transformers, TASKS[kept["task"]]).from_config(transformers.AutoConfig.from_pretrained(path.parent, local_files_only=True))
-    for n, o in modules.items():
-        if o["same_as"] not in made:
-            get = lambda part, at=o["same_as"]: tensors.pop(f"{at}.packed.{part}", None)
-            made[o["same_as"]] = PackedWeight(Packed(get("codes"), get("scale"), get("zero"), o["bits"], tuple(o["shape"]), o["group"]))
-        old, w = model.get_submodule(n), made[o["same_as"]]
-        set_module(model, n, QuantizedEmbedding(w, old.padding_idx) if o["kind"] == "QuantizedEmbedding" else QuantizedLinear(w, old.bias))
-    left = model.load_state_dict(tensors, strict=False)
-    missing = [n for n in left.missing_keys if ".packed." not in n]
-    if missing or left.unexpected_keys: raise UsageError(f"{path} does not fit its configuration: {[*missing, *left.unexpected_keys][0]}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
-    return Loaded(model.to(device).eval(), tokenizer, kept["name"], kept["weights"], kept["task"])
-
 # %% ../../nbs/03_quantization/06_kv_cache.ipynb #665016d2
 def torchao_saved(
     loaded:Loaded,  # a float model
@@ -246,10 +194,9 @@ def torchao_saved(
 )->tuple[Loaded, Loaded]: # as quantized, and as read back
     "Int8 weights by torchao, saved and reloaded by the library's own means."
     from transformers import AutoModelForCausalLM, TorchAoConfig
-    from torchao.quantization import Int8WeightOnlyConfig
     folder = Path(folder)
     models.save(loaded, folder/"float")
-    config = TorchAoConfig(Int8WeightOnlyConfig())
+    config = TorchAoConfig(torchao_int8())
     with models.quiet_library():
         m = AutoModelForCausalLM.from_pretrained(folder/"float", quantization_config=config, dtype=torch.float32, local_files_only=True).eval()
         m.save_pretrained(folder/"int8")

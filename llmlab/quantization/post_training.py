@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['recipes', 'recipe_quantize', 'recipe_size', 'converted', 'PackedWeight', 'described', 'QuantizedLinear',
-           'QuantizedEmbedding', 'fused', 'with_packed', 'weight_only', 'rounded', 'dequantized', 'noise', 'plot_lost',
-           'torchao_quantized', 'torchao_int4', 'torchao_int8', 'plot_peaks', 'captured', 'integer_matmul',
-           'IntegerLinear', 'dynamic', 'FullRange', 'library_dynamic', 'input_ranges', 'static', 'Replay',
-           'taken_apart', 'foretell']
+           'QuantizedEmbedding', 'fused', 'with_packed', 'weight_only', 'rounded', 'dequantized', 'save_packed',
+           'load_packed', 'noise', 'plot_lost', 'torchao_quantized', 'torchao_int4', 'torchao_int8', 'plot_peaks',
+           'captured', 'integer_matmul', 'IntegerLinear', 'dynamic', 'FullRange', 'library_dynamic', 'input_ranges',
+           'static', 'Replay', 'taken_apart', 'foretell']
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #3c9bc3d6
-import copy, math
+import copy, json, math, tempfile, warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..kit import compression, data, ledger, measure, models, stats, yardsticks
 from ..kit.compression import Change, Changes, already_quantized
 from ..kit.models import Loaded
-from ..kit.settings import Settings, UsageError, expected_error, settings
+from ..kit.settings import Damaged, Settings, UsageError, expected_error, settings
 from . import arithmetic
-from .arithmetic import Packed, Quantized, quantize, quiet_torchao
+from .arithmetic import Packed, Quantized, quantize
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #354567d6
 def recipes(
@@ -33,7 +34,8 @@ def recipe_quantize(
     model:nn.Module,  # stays as it is
 )->nn.Module:         # the recipe's result
     "`quantize_dynamic(model, {nn.Linear})`, as tutorials write it. To show."
-    with quiet_torchao(): return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    with warnings.catch_warnings(action="ignore"):  # it will go one day
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
 
 def recipe_size(
     model:nn.Module,
@@ -250,6 +252,57 @@ def dequantized(
         compression.set_module(out.model, name, new.train(m.training))
     return out
 
+# %% ../../nbs/03_quantization/02_post_training.ipynb #ccb6b2a2
+def _packed(model): return {n: m for n, m in model.named_modules() if isinstance(m, (QuantizedLinear, QuantizedEmbedding))}
+
+def save_packed(
+    loaded:Loaded,  # with packed modules, as `weight_only` and `with_packed` give it
+    folder,         # where to; made if need be
+)->Path:            # the folder
+    "Save a model with packed weights: one `model.safetensors`, configuration and tokenizer."
+    from safetensors.torch import save_file
+    folder, modules, first, tensors, seen = Path(folder).expanduser(), _packed(loaded.model), {}, {}, set()
+    if not modules: raise UsageError(f"{loaded.name} has no packed weights: save it by models.save, or quantize it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {n: dict(kind=type(m).__name__, bits=m.packed.bits, group=m.packed.group, shape=m.packed.shape, same_as=first.setdefault(id(m.packed), n))
+        for n, m in modules.items()}
+    for n, t in loaded.model.state_dict().items():
+        if t.numel() and (at := (t.data_ptr(), t.shape)) in seen: continue  # shared, and written once
+        seen.add(at); tensors[n] = t.contiguous()
+    kept = dict(name=loaded.name, weights=loaded.weights, task=loaded.task)
+    save_file(tensors, folder/"model.safetensors", metadata=dict(packed=json.dumps(about), loaded=json.dumps(kept)))
+    loaded.model.config.save_pretrained(folder); loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+def load_packed(
+    folder,            # of `save_packed`
+    device:str="cpu",
+)->Loaded:
+    "Read a model with packed weights back. Raises `UsageError` for a folder without one, `Damaged` for a file that was cut."
+    import transformers
+    from safetensors import SafetensorError, safe_open
+    from llmlab.kit.geometry import TASKS
+    path = Path(folder).expanduser()/"model.safetensors"
+    if not path.is_file(): raise UsageError(f"{folder} holds no model.safetensors")
+    try:
+        with safe_open(path, "pt", device=device) as f: about, tensors = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
+    except SafetensorError as e: raise Damaged(f"{path} cannot be read: {str(e).splitlines()[0]}. Save or copy it again") from e
+    if "packed" not in about: raise UsageError(f"{path} holds no packed weights: load it by models.load")
+    kept, modules, made = json.loads(about["loaded"]), json.loads(about["packed"]), {}
+    model = getattr(transformers, TASKS[kept["task"]]).from_config(transformers.AutoConfig.from_pretrained(path.parent, local_files_only=True))
+    for n, o in modules.items():
+        if o["same_as"] not in made:
+            get = lambda part, at=o["same_as"]: tensors.pop(f"{at}.packed.{part}", None)
+            made[o["same_as"]] = PackedWeight(Packed(get("codes"), get("scale"), get("zero"), o["bits"], tuple(o["shape"]), o["group"]))
+        old, w = model.get_submodule(n), made[o["same_as"]]
+        compression.set_module(model, n, QuantizedEmbedding(w, old.padding_idx) if o["kind"] == "QuantizedEmbedding" else QuantizedLinear(w, old.bias))
+    left, state = model.load_state_dict(tensors, strict=False), model.state_dict()
+    given = {state[n].data_ptr() for n in tensors if n in state}  # what shares with one of these came with it
+    missing = [n for n in left.missing_keys if ".packed." not in n and state[n].data_ptr() not in given]
+    if missing or left.unexpected_keys: raise UsageError(f"{path} does not fit its configuration: {[*missing, *left.unexpected_keys][0]}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
+    return Loaded(model.to(device).eval(), tokenizer, kept["name"], kept["weights"], kept["task"])
+
 # %% ../../nbs/03_quantization/02_post_training.ipynb #3fbd4276
 def noise(
     loaded:Loaded,   # float
@@ -288,33 +341,31 @@ def plot_lost(
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #a7d19fd8
 def torchao_quantized(
-    loaded:Loaded,  # stays as it is
+    loaded:Loaded,  # stays as it is unless `in_place`
     config,         # of torchao.quantization
+    in_place:bool=False,
 )->Loaded:
     "A copy, quantized by torchao: every nn.Linear, the head too, which parts from its embedding."
-    with quiet_torchao():
-        from torchao.quantization import quantize_
-        out = compression.copied(loaded)
-        for p in out.model.parameters(): p.requires_grad_(False)
-        quantize_(out.model, config)
+    from torchao.quantization import quantize_
+    out = loaded if in_place else compression.copied(loaded)
+    for p in out.model.parameters(): p.requires_grad_(False)
+    quantize_(out.model, config)
     return out
 
 def torchao_int4(
     group_size:int=32,
 ):                   # a torchao configuration
     "Symmetric int4 weights in groups."
-    with quiet_torchao():
-        from torchao.quantization import IntxWeightOnlyConfig
-        from torchao.quantization.granularity import PerGroup
-        return IntxWeightOnlyConfig(torch.int4, PerGroup(group_size))
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    return IntxWeightOnlyConfig(torch.int4, PerGroup(group_size))
 
 def torchao_int8(
     activations:bool=False,  # the activations too, one scale a token
 ):                           # a torchao configuration
     "Symmetric int8 weights, a scale a row."
-    with quiet_torchao():
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
-        return Int8DynamicActivationInt8WeightConfig() if activations else Int8WeightOnlyConfig()
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+    return Int8DynamicActivationInt8WeightConfig() if activations else Int8WeightOnlyConfig()
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #ed40304e
 def plot_peaks(
@@ -337,18 +388,11 @@ def plot_peaks(
 def captured(
     loaded:Loaded,  # a model
     batches,        # of `compression.calibration`
-    name:str,       # of a module
+    name:str,       # of a matrix
 )->Tensor:          # (n, in), padding left out
-    "What flows into one module."
-    seen, mask = [], None
-    def watch(module, args): seen.append(args[0].detach()[mask] if mask is not None else args[0].detach().flatten(0, -2))
-    hook = loaded.model.get_submodule(name).register_forward_pre_hook(watch)
-    try:
-        with torch.inference_mode():
-            for b in batches:
-                mask = b["attention_mask"].bool() if "attention_mask" in b else None
-                loaded.model(**b)
-    finally: hook.remove()
+    "What flows into one matrix."
+    seen = []
+    compression.each_input(loaded, batches, [p for p in compression.matrices(loaded) if p.name == name], lambda _, x: seen.append(x))
     return torch.cat(seen)
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #5069abb4
@@ -447,7 +491,7 @@ def library_dynamic(
     if as_written: return replace(loaded, model=recipe_quantize(loaded.model))
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     out = compression.copied(loaded)
-    with quiet_torchao():
+    with warnings.catch_warnings(action="ignore"):
         models.conv1d_to_linear(out.model)
         quantize_dynamic(out.model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8, inplace=True)
     if torch.cpu._is_vnni_supported():
@@ -456,38 +500,20 @@ def library_dynamic(
     return out
 
 # %% ../../nbs/03_quantization/02_post_training.ipynb #d22e618c
-@torch.inference_mode()
 def input_ranges(
     loaded:Loaded,     # a model; it stays as it is
     batches,           # of `compression.calibration`
     share:float=1.,    # part of the values that the range must hold; 1: all
 )->dict:               # module name → (low, high)
-    "The range of what flows into each matrix, padding left out. Raises `UsageError` for no batches, and for a matrix that nothing flowed into."
+    "The range of what flows into each matrix, padding left out. Raises `UsageError` as `compression.each_input` does, and for NaN."
     if not .5 < share <= 1: raise UsageError(f"share must lie above 0.5 and be at most 1, got {share}")
-    batches = list(batches)
-    if not batches: raise UsageError("there is nothing to calibrate on: batches is empty. `compression.calibration` makes them")
-    found, mask, edge = {}, None, torch.tensor([(1 - share) / 2, (1 + share) / 2])
-    def watch(name):
-        def hook(module, args):
-            x = args[0].detach().float()
-            x = x[mask] if mask is not None and x.shape[:2] == mask.shape else x
-            ends = x.aminmax() if share == 1 else torch.quantile(x.flatten()[::max(1, x.numel() // 100_000)], edge.to(x.device))
-            if not all(e.isfinite() for e in ends): raise UsageError(f"NaN or infinity flowed into {name}: the model is broken before anything was done to it")
-            found.setdefault(name, []).append((ends[0].item(), ends[1].item()))
-        return hook
-    places = [p for p in compression.matrices(loaded)]
-    hooks = [p.module.register_forward_pre_hook(watch(p.name)) for p in places]
-    try:
-        for b in batches:
-            if not isinstance(b, dict) or "input_ids" not in b: raise UsageError(f"a batch is a dict with input_ids (B, T), got {type(b).__name__}")
-            if b["input_ids"].ndim != 2 or not b["input_ids"].numel():
-                raise UsageError(f"input_ids must be (B, T) and not empty, got shape {tuple(b['input_ids'].shape)}")
-            mask = b["attention_mask"].bool() if "attention_mask" in b else None
-            loaded.model(**{k: v.to(loaded.device) for k, v in b.items()})
-    finally:
-        for h in hooks: h.remove()
-    if missed := [p.name for p in places if p.name not in found]:
-        raise UsageError(f"nothing flowed into {len(missed)} matrices, such as {missed[0]}: give more calibration text")
+    found, edge = {}, torch.tensor([(1 - share) / 2, (1 + share) / 2])
+    def add(place, x):
+        ends = x.aminmax() if share == 1 else torch.quantile(x.flatten()[::max(1, x.numel() // 100_000)], edge.to(x.device))
+        if not all(e.isfinite() for e in ends):
+            raise UsageError(f"NaN or infinity flowed into {place.name}: the model is broken before anything was done to it")
+        found.setdefault(place.name, []).append((ends[0].item(), ends[1].item()))
+    compression.each_input(loaded, batches, compression.matrices(loaded), add)
     low, high = (min, max) if share == 1 else (lambda v: sum(v) / len(v),) * 2
     return {n: (low([e[0] for e in v]), high([e[1] for e in v])) for n, v in found.items()}
 
