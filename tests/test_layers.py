@@ -10,7 +10,7 @@ from conftest import TOP
 
 KIT = {0: ["settings", "stats", "pictures", "store"],
        1: ["corpora", "data", "geometry", "models", "metrics", "footprint", "machine", "measure", "claims", "ledger"],
-       2: ["training", "generation", "server", "serving", "yardsticks", "compression", "teaching"]}
+       2: ["training", "generation", "server", "serving", "yardsticks", "compression", "teaching", "additions"]}
 CHAPTERS = ["foundations", "selection", "finetuning", "quantization", "pruning", "distillation", "batching", "parallelism"]
 HEAVY = ["torch", "transformers", "datasets", "pandas", "matplotlib", "scipy", "sklearn", "statsmodels", "IPython", "jupyterlab"]
 

@@ -8,13 +8,13 @@ __all__ = ['JUDGES', 'RATES', 'lora_parameters', 'LoraLinear', 'add_lora', 'merg
            'recipes', 'qlora']
 
 # %% ../../nbs/02_finetuning/04_lora.ipynb #3f8f5220
-import json, math
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..kit import compression, data, ledger, measure, metrics, models, stats, store, training, yardsticks
+from ..kit import additions, compression, data, ledger, measure, metrics, models, stats, store, training, yardsticks
 from ..kit.compression import Change, Changes, Place
 from ..kit.models import Loaded
 from ..kit.settings import Settings, UsageError, expected_error, settings, unknown
@@ -49,14 +49,9 @@ class LoraLinear(nn.Module):
 
 # %% ../../nbs/02_finetuning/04_lora.ipynb #51dba08a
 def _chosen(loaded, targets):
-    "The places that have one of the names, whole or as their last part; all linear ones but the head for 'all-linear'."
-    places = compression.matrices(loaded, head=False)
-    if targets == "all-linear": return [p for p in places if p.part != "pooler" or loaded.task == "classifier"]
-    ends = {p.name: p.name.rpartition(".")[2] for p in places}
-    found, names = [p for p in places if {p.name, ends[p.name]} & {*targets}], sorted({*ends.values()})
-    missing = [t for t in targets if t not in names and t not in ends]
-    if missing: raise UsageError(f"the target {missing[0]!r} matches no matrix of {loaded.name}. There are {', '.join(names)}; or 'all-linear'")
-    return found
+    "The places that are asked for; all linear ones but the head for 'all-linear'."
+    if targets != "all-linear": return compression.targeted(loaded, targets)
+    return [p for p in compression.matrices(loaded, head=False) if p.part != "pooler" or loaded.task == "classifier"]
 
 def add_lora(
     loaded:Loaded,                  # a language model or classifier; it stays as it is
@@ -202,37 +197,24 @@ def save_adapter(
     loaded:Loaded,  # of `add_lora`
     folder,         # where to; made if need be
 )->Path:            # the folder
-    "Only what was trained, with the name and the edition of the base that it belongs to."
-    from safetensors.torch import save_file
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    "Only what was trained, in one file, with the name and the fingerprint of the base that it belongs to."
     found = {n: o for n, o in loaded.model.named_modules() if isinstance(o, LoraLinear)}
     if not found: raise UsageError(f"{loaded.name} has no LoRA to save")
-    tensors = {n: p.detach().contiguous() for n, p in loaded.model.named_parameters() if p.requires_grad}
-    first = next(iter(found.values()))
-    save_file(tensors, folder/"adapter.safetensors")
-    about = dict(base=loaded.name, weights=_fingerprint(loaded), r=len(first.A), alpha=first.scale * len(first.A), modules=list(found))
-    (folder/"adapter.json").write_text(json.dumps(about, indent=1), "utf-8")
-    return folder
+    first, tensors = next(iter(found.values())), {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
+    return additions.save(tensors, folder, loaded, _base(loaded), r=len(first.A), alpha=first.scale * len(first.A), modules=list(found))
 
-def _fingerprint(loaded):
-    "Of the frozen weights: equal for the same base."
-    import hashlib
-    base = [p for n, p in loaded.model.named_parameters() if not n.endswith((".A", ".B")) and models.part_of(n) != "head"]
-    return hashlib.sha256(torch.cat([p.detach().flatten()[:4096].float().cpu() for p in base[:8]]).numpy().tobytes()).hexdigest()[:16]
+def _base(loaded):
+    "The fingerprint of the base, with or without LoRA beside it."
+    return additions.fingerprint(loaded, lambda name: name.endswith((".A", ".B")))
 
 def load_adapter(
     base:Loaded,   # the model that the adapter was trained on; it stays as it is
     folder,        # of `save_adapter`
 )->Loaded:         # a copy with the adapter
-    "Put a saved adapter on its base. Raises `UsageError` for another base, naming both."
-    from safetensors.torch import load_file
-    try: about = json.loads((Path(folder).expanduser()/"adapter.json").read_text("utf-8"))
-    except (OSError, ValueError) as e: raise UsageError(f"{folder} holds no adapter: {e}") from e
-    if _fingerprint(base) != about["weights"]:
-        raise UsageError(f"the adapter in {folder} was trained on {about['base']}, and its weights are not those of {base.name}")
+    "Put a saved adapter on its base. Raises `UsageError` for another base, naming both, `Damaged` for a file that cannot be read."
+    tensors, about = additions.load(folder, base, _base(base))
     copy, _ = add_lora(base, about["r"], about["alpha"], about["modules"])
-    _, unexpected = copy.model.load_state_dict(load_file(Path(folder).expanduser()/"adapter.safetensors"), strict=False)
+    _, unexpected = copy.model.load_state_dict(tensors, strict=False)
     if unexpected: raise UsageError(f"the adapter in {folder} has {unexpected[0]}, which {base.name} has not")
     return copy
 
