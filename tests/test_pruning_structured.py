@@ -2,6 +2,7 @@
 import copy
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from llmlab.kit import compression
 from llmlab.kit.models import Loaded
 from llmlab.kit.settings import UsageError
 from llmlab.pruning import structured
@@ -140,14 +141,14 @@ def test_the_gradient_foretells_what_closing_costs():
     i = int(slope.argmax())
     gates[0][i] = 0
     with torch.no_grad():
-        whole_loss = structured.loss_of(m, b[0])
-        with structured.gated(m, "mlp", gates): change = structured.loss_of(m, b[0]) - whole_loss
+        whole_loss = compression.loss_of(m, b[0])
+        with structured.gated(m, "mlp", gates): change = compression.loss_of(m, b[0]) - whole_loss
     assert abs(float(change)) == pytest.approx(float(slope[i]), rel=.1)
 
 def test_greedy_starts_where_leave_one_out_does():
     m, b = made("llama"), batches()
     costs = structured.scores(m, "layers", "loss", b)
-    assert int(costs.argmin()) not in structured.greedy_layers(m, 2, b)
+    assert int(costs.argmin()) not in compression.greedy_layers(m, 2, b)
     small, _ = structured.prune_layers(m, keep=2, score="greedy", batches=b)
     assert small.model.config.num_hidden_layers == 2
 

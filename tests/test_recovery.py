@@ -2,7 +2,7 @@
 import pytest, torch
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings as hypothesis_settings, strategies as st
-from llmlab.kit import models, store, teaching, training
+from llmlab.kit import compression, models, store, teaching, training
 from llmlab.kit.settings import UsageError, settings
 from llmlab.pruning import recovery
 
@@ -38,11 +38,11 @@ def test_training_changes_the_copy_alone(student, teacher, rows):
     assert [p["step"] for p in curve] == [1, 2, 3] and all(p["cpu_s"] > 0 for p in curve)
 
 def test_a_stage_cuts_what_it_says(student, rows):
-    batches = recovery.labelled_batches(student, rows, 8, 4)
+    batches = compression.labelled_batches(student, rows, 8, 4)
     assert [tuple(b["labels"].shape) for b in batches] == [(4,), (4,)]
     m = recovery.cut(student, dict(layers=1, mlp=64), batches)
     assert (m.model.config.num_hidden_layers, m.model.config.intermediate_size) == (1, 64)
-    refused("empty", recovery.labelled_batches, student, rows.select([]))
+    refused("empty", compression.labelled_batches, student, rows.select([]))
 
 @hypothesis_settings(max_examples=15, deadline=None)
 @given(st.integers(3, 6), st.floats(1.1, 4))

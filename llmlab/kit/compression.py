@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Place', 'matrices', 'targeted', 'already_quantized', 'copied', 'set_weight', 'set_module', 'Change', 'Changes',
-           'calibration', 'Inputs', 'each_input', 'input_statistics']
+           'calibration', 'Inputs', 'each_input', 'input_statistics', 'loss_of', 'labelled_batches', 'greedy_layers']
 
 # %% ../../nbs/kit/12_compression.ipynb #5547743d
 import copy
@@ -239,3 +239,62 @@ def input_statistics(
     bad = next((n for n, o in seen.items() if not o.square_sum.isfinite().all()), None)
     if bad: raise UsageError(f"NaN or infinity flowed into {bad}: the model is broken before anything was done to it")
     return seen
+
+# %% ../../nbs/kit/12_compression.ipynb #3f93282d
+def loss_of(
+    loaded:Loaded,   # a causal language model or a classifier
+    batch:dict,      # input_ids (B, T), attention_mask; a classifier's needs labels (B,)
+)->Tensor:           # nats, a scalar
+    "The loss that a score asks about. Raises `UsageError` where there is none."
+    ids = batch["input_ids"]
+    mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
+    if loaded.task == "causal-lm":
+        return loaded.model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), use_cache=False).loss
+    if loaded.task == "classifier":
+        if "labels" not in batch: raise UsageError("batches of a classifier need labels for the scores 'gradient' and 'loss'")
+        return loaded.model(input_ids=ids, attention_mask=mask, labels=batch["labels"]).loss
+    raise UsageError(f"{loaded.name} was loaded as encoder, and an encoder without a head has no loss: load it as a classifier, or score by 'activation'")
+
+def labelled_batches(
+    loaded:Loaded,      # a classifier
+    rows,               # with `text` and `label`
+    n:int=64,           # of them, the first
+    batch_size:int=32,
+)->list[dict]:          # input_ids, attention_mask (B, T), labels (B,)
+    "What a classifier's units are judged by."
+    rows = rows.select(range(min(n, len(rows))))
+    if not len(rows): raise UsageError("rows is empty: there is nothing to judge by")
+    made = []
+    for at in range(0, len(rows), batch_size):
+        part = rows.select(range(at, min(at + batch_size, len(rows))))
+        x = loaded.tokenizer(list(part["text"]), return_tensors="pt", padding=True, truncation=True, max_length=128)
+        made.append(dict(input_ids=x["input_ids"], attention_mask=x["attention_mask"], labels=torch.tensor(part["label"])))
+    return made
+
+@torch.no_grad()
+def greedy_layers(
+    loaded:Loaded,  # a classifier or a language model; it stays as it is
+    keep:int,       # how many layers stay
+    batches,        # as in `loss_of`
+)->list[int]:       # which stay, ascending
+    "Leave out the layer that costs least, then look again: what a layer is worth changes when another has gone."
+    layers, gone = models.layers_of(loaded), set()
+    if not 1 <= keep <= len(layers): raise UsageError(f"keep={keep} of {len(layers)} layers: at least one stays, and at most all")
+    batches = [{k: v.to(loaded.device) for k, v in b.items()} for b in batches]
+    if not batches: raise UsageError("batches is empty: there is no text to judge by")
+    def skipped(i):
+        def hook(module, args, kwargs, out):
+            if i not in gone: return out
+            h = args[0] if args else kwargs["hidden_states"]
+            return (h, *out[1:]) if isinstance(out, tuple) else h
+        return hook
+    def cost(i):
+        gone.add(i)
+        try: return float(sum(loss_of(loaded, b) for b in batches))
+        finally: gone.discard(i)
+    hooks = [layer.register_forward_hook(skipped(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        while len(layers) - len(gone) > keep: gone.add(min((i for i in range(len(layers)) if i not in gone), key=cost))
+    finally:
+        for h in hooks: h.remove()
+    return [i for i in range(len(layers)) if i not in gone]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'UNITS', 'SCORES', 'Anatomy', 'anatomy', 'Shape', 'shape_of', 'resized', 'changes_between', 'count',
-           'gated', 'open_gates', 'loss_of', 'scores', 'kept', 'prune_heads', 'prune_mlp', 'prune_hidden',
-           'prune_layers', 'greedy_layers', 'closed_gates', 'plot_scores', 'plot_heads', 'forecast']
+           'gated', 'open_gates', 'scores', 'kept', 'prune_heads', 'prune_mlp', 'prune_hidden', 'prune_layers',
+           'closed_gates', 'plot_scores', 'plot_heads', 'forecast']
 
 # %% ../../nbs/04_pruning/02_structured.ipynb #3dc4e4d5
 import copy, tempfile, warnings
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from ..kit import data, ledger, measure, models, pictures, stats
-from ..kit.compression import Change, Changes, already_quantized, calibration, copied
+from ..kit.compression import Change, Changes, already_quantized, calibration, copied, greedy_layers, loss_of
 from ..kit.yardsticks import decode_call, encode_call, held_out, lm_bits, prefill_call, retrieval_mrr, retrieval_pairs
 from ..kit.geometry import geometry_of
 from ..kit.models import Loaded
@@ -244,18 +244,6 @@ def _batches(loaded, score, batches):
 def _mask(b): return b["attention_mask"] if "attention_mask" in b else torch.ones_like(b["input_ids"])
 
 def _model_input(b): return dict(input_ids=b["input_ids"], attention_mask=_mask(b))
-
-def loss_of(
-    loaded:Loaded,   # a causal language model or a classifier
-    batch:dict,      # input_ids (B, T), attention_mask; a classifier's needs labels (B,)
-)->Tensor:           # nats, a scalar
-    "The loss that a score asks about. Raises `UsageError` where there is none."
-    if loaded.task == "causal-lm":
-        return loaded.model(**_model_input(batch), labels=batch["input_ids"].masked_fill(_mask(batch) == 0, -100), use_cache=False).loss
-    if loaded.task == "classifier":
-        if "labels" not in batch: raise UsageError("batches of a classifier need labels for the scores 'gradient' and 'loss'")
-        return loaded.model(**_model_input(batch), labels=batch["labels"]).loss
-    raise UsageError(f"{loaded.name} was loaded as encoder, and an encoder without a head has no loss: load it as a classifier, or score by 'activation'")
 
 def _weight(m):
     "The weight of a matrix module, (outputs, inputs)."
@@ -497,7 +485,7 @@ def prune_layers(
     else:
         n = _how_many(loaded, "layers", keep, share)
         greedy = isinstance(score, str) and score == "greedy"
-        stay = greedy_layers(loaded, n, batches) if greedy else kept(_scored(loaded, "layers", score, batches, seed), n).tolist()
+        stay = greedy_layers(loaded, n, _batches(loaded, "greedy", batches)) if greedy else kept(_scored(loaded, "layers", score, batches, seed), n).tolist()
     made = models.cut_layers(loaded, stay)
     full = {id(m): n for n, m in loaded.model.named_modules()}
     stem = full[id(models.layers_of(loaded))]
@@ -507,24 +495,6 @@ def prune_layers(
         return f"{stem}.{stay[int(at)]}{dot}{rest}"
     names = {n: before(n) for n in now.values() if n.startswith(f"{stem}.")}
     return made, changes_between(loaded, made, "", names)
-
-def greedy_layers(
-    loaded:Loaded,  # a model
-    keep:int,       # how many layers stay
-    batches,        # as in `scores`
-)->list[int]:       # which stay, ascending
-    "Close the layer that costs least, then look again: what a layer is worth changes when another has gone."
-    batches, gates = _batches(loaded, "greedy", batches), open_gates(loaded, "layers")
-    def cost(i):
-        gates[i] = 0
-        with torch.no_grad(), gated(loaded, "layers", gates): value = float(sum(loss_of(loaded, b) for b in batches))
-        gates[i] = 1
-        return value
-    left = list(range(len(gates)))
-    while len(left) > keep:
-        out = min(left, key=cost)
-        gates[out] = 0; left.remove(out)
-    return left
 
 # %% ../../nbs/04_pruning/02_structured.ipynb #f0a3bf17
 def closed_gates(
