@@ -60,9 +60,12 @@ def label_points(
         note.set_path_effects([withStroke(linewidth=2.5, foreground=ax.get_facecolor())])
         w, h = note.get_window_extent().size
         boxes = [Bbox.from_bounds(px + ux * (far + w / 2) - w / 2, py + uy * (far / 2 + h / 2) - h / 2, w, h) for ux, uy, far in _places]
-        cost = [10 * sum(b.overlaps(o) for o in taken) + 5 * outside(b) for b in boxes]
+        cost = [10 * sum(b.overlaps(o) for o in taken) + 25 * outside(b) for b in boxes]
         box = boxes[cost.index(min(cost))]
         note.set_position((box.x0 - px, box.y0 - py))
+        near = min(max(px, box.x0), box.x1) - px, min(max(py, box.y0), box.y1) - py
+        if math.hypot(*near) > 12:  # too far off to be seen to belong
+            ax.annotate("", (x, y), xytext=near, textcoords="offset pixels", zorder=1, arrowprops=dict(arrowstyle="-", color=colour, lw=.6, alpha=.5, shrinkA=0, shrinkB=3))
         taken.append(box)
 
 def plain_log(
