@@ -63,11 +63,14 @@ def choose_scale(
     clip = lambda given, found: found if given is None else torch.as_tensor(given, dtype=torch.float32, device=x.device).expand(found.shape)
     lo, hi = clip(low, lo), clip(high, hi)
     if not (lo <= hi).all(): raise UsageError(f"low must not lie above high, got low={low}, high={high}")
+    return _step(lo, hi, bits, symmetric, scale_dtype)
+
+def _step(lo, hi, bits, symmetric, scale_dtype):
+    "Scale and zero point of ranges."
     scale = torch.maximum(lo.abs(), hi.abs()) / (2**(bits - 1) - 1) if symmetric else (hi.clamp(min=0) - lo.clamp(max=0)) / (2**bits - 1)
     if not scale.isfinite().all(): raise UsageError(f"the range {lo.min().item():.3g} … {hi.max().item():.3g} is wider than float32; scale the values first")
     scale = _kept(torch.where(scale > 1e-30, scale, torch.ones_like(scale)), scale_dtype)
-    zero = None if symmetric else (-lo.clamp(max=0) / scale.float()).round().clamp(0, 2**bits - 1).int()
-    return scale, zero
+    return scale, None if symmetric else (-lo.clamp(max=0) / scale.float()).round().clamp(0, 2**bits - 1).int()
 
 # %% ../../nbs/03_quantization/01_arithmetic.ipynb #9f56b566
 def _refuse(x, bits, symmetric, granularity, group_size):
@@ -241,21 +244,29 @@ def best_clip(
     shares=None,                # parts of the largest value to try; None: 1.00, 0.98, … 0.40
 )->Tensor:                      # the limit of each group, of the scale's shape: quantize(x, low=-limit, high=limit)
     "The symmetric range with the least squared error, group by group, by trying."
-    shares = [1 - .02 * i for i in range(31)] if shares is None else shares
-    how, group = dict(granularity=granularity, group_size=group_size), group_size if granularity == "group" else None
-    low, high = _range(x.detach().float(), granularity, group_size)
-    top = torch.maximum(low.abs(), high.abs())
+    _refuse(x, bits, True, granularity, group_size)
+    low, high = _range(x := x.detach().float(), granularity, group_size)
+    top, values = torch.maximum(low.abs(), high.abs()), _together(x, granularity, group_size)
     best, least = top.clone(), torch.full_like(top, math.inf)
-    for share in shares:
-        error = (fake_quantize(x, bits, low=-top * share, high=top * share, **how).float() - x.float()).square()
-        error = _sums(error, granularity, group).reshape(top.shape)
+    for share in [1 - .02 * i for i in range(31)] if shares is None else shares:
+        error = _squared_error(values, *_step(-top * share, top * share, bits, True, torch.float32), bits).reshape(top.shape)
         best, least = torch.where(error < least, top * share, best), torch.minimum(error, least)
     return best
 
+def _together(x, granularity, group):
+    "Those that share a scale along the last dimension, filled up with zeros."
+    if granularity != "group": return x.reshape(1, -1) if granularity == "tensor" else x.flatten(1)
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+
+def _squared_error(values, scale, zero, bits, weight=None):
+    "What rounding costs those that share a scale, of the shape of `values` without its last dimension: `to_codes` and `from_codes` without the way between."
+    lead, (low, high) = values.shape[:-1], (-(2**(bits - 1) - 1), 2**(bits - 1) - 1) if zero is None else (0, 2**bits - 1)
+    step, shift = scale.float().reshape(*lead, 1), 0 if zero is None else zero.reshape(*lead, 1)
+    off = (values * (1 / step)).round_().add_(shift).clamp_(low, high).sub_(shift).mul_(step).sub_(values).square_()
+    return (off if weight is None else off * weight).sum(-1)
+
 def _sums(x, granularity, group):
-    if granularity == "tensor": return x.sum()
-    if group is None: return x.flatten(1).sum(1)
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group)).sum(-1)
+    return x.sum() if granularity == "tensor" else _together(x, granularity, group).sum(-1)
 
 # %% ../../nbs/03_quantization/01_arithmetic.ipynb #e4555017
 def plot_clipping(

@@ -19,7 +19,7 @@ from ..kit.compression import Change, Changes, copied, input_statistics, matrice
 from ..kit.models import Loaded
 from ..kit.settings import UsageError
 from ..kit.stats import Estimate, Shown, Table, estimate
-from .arithmetic import Quantized, choose_scale, fake_quantize, from_codes, to_codes
+from .arithmetic import Quantized, _squared_error, _step, _together, choose_scale, fake_quantize, from_codes, to_codes
 from .post_training import with_packed
 
 # %% ../../nbs/03_quantization/03_better_rounding.ipynb #573039f7
@@ -39,13 +39,12 @@ def group_scale(
     if not fitted: return scale, zero
     top = 2**(bits - 1) - 1 if symmetric else 2**bits - 1
     low, high = (-top * scale.float(), top * scale.float()) if symmetric else (-zero * scale.float(), (top - zero) * scale.float())
-    best = None
+    values, best = _together(weight.detach().float(), "group", group_size), None
+    if importance is not None: importance = _together(importance[None], "group", group_size)
     for k in range(steps):
         part = 1 - .6 * k / steps
-        tried = choose_scale(weight, bits, low=part * low, high=part * high, **how)
-        off = (from_codes(to_codes(weight, *tried, bits, group_size), *tried, group_size) - weight).square()
-        if importance is not None: off = off * importance
-        off = torch.nn.functional.pad(off, (0, -weight.shape[1] % group_size)).unflatten(-1, (-1, group_size)).sum(-1)
+        tried = _step(part * low, part * high, bits, symmetric, scale_dtype)
+        off = _squared_error(values, *tried, bits, importance)
         if best is None: best = off
         better = off < best
         best, scale = torch.where(better, off, best), torch.where(better, tried[0], scale)
@@ -154,28 +153,29 @@ def gptq_matrix(
     **how,                     # of `group_scale`
 )->Quantized:
     "Round column by column, the others making up for the error (Frantar et al. 2022, algorithm 1)."
-    w, n = weight.detach().float().clone(), weight.shape[1]
+    w, n = weight.detach().float(), weight.shape[1]
     if hessian.shape != (n, n): raise UsageError(f"a weight of {n} columns needs H of {n} × {n}, got {tuple(hessian.shape)}")
-    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(n)
+    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(n, device=hessian.device)
     U, fixed = inverse_factor(hessian[order][:, order], damping), act_order or static
     scale, zero = group_scale(w, bits, group_size, **how)
     low, top = (1 - 2**(bits - 1), 2**(bits - 1) - 1) if zero is None else (0, 2**bits - 1)
-    w, codes, block = w[:, order], torch.empty_like(w), group_size * max(1, 128 // group_size) if group_size < n else 128
+    w, block = w[:, order].t().contiguous(), group_size * max(1, 128 // group_size) if group_size < n else 128  # a column lies together now
+    codes, of, diagonal = torch.empty_like(w), (order // group_size).tolist(), U.diagonal().tolist()
     for a in range(0, n, block):
         z = min(a + block, n)
-        off = w.new_zeros(len(w), z - a)
+        off = w.new_zeros(z - a, w.shape[1])
         for i in range(a, z):
-            g = (at := int(order[i])) // group_size
-            if not fixed and at % group_size == 0:
-                now = group_scale(w[:, i:i + group_size], bits, group_size, **how)
+            g = of[i]
+            if not fixed and i % group_size == 0:
+                now = group_scale(w[i:i + group_size].t(), bits, group_size, **how)
                 scale[:, g] = now[0][:, 0]
                 if zero is not None: zero[:, g] = now[1][:, 0]
             step, shift = scale[:, g].float(), 0 if zero is None else zero[:, g]
-            codes[:, at] = code = ((w[:, i] / step).round() + shift).clamp(low, top)  # `to_codes`, one column
-            off[:, i - a] = (w[:, i] - (code - shift) * step) / U[i, i]
-            w[:, i + 1:z] -= off[:, i - a, None] * U[i, i + 1:z]
-        w[:, z:] -= off @ U[a:z, z:]
-    codes = codes.to(torch.int8 if zero is None else torch.uint8)
+            codes[i] = code = (w[i] / step).round_().add_(shift).clamp_(low, top)  # `to_codes`, one column
+            off[i - a] = (w[i] - (code - shift) * step) / diagonal[i]
+            w[i + 1:z].addr_(U[i, i + 1:z], off[i - a], alpha=-1)
+        w[z:] -= U[a:z, z:].t() @ off
+    codes = torch.empty_like(codes).index_copy_(0, order, codes).t().contiguous().to(torch.int8 if zero is None else torch.uint8)
     return Quantized(codes, scale, zero, bits, group_size)
 
 # %% ../../nbs/03_quantization/03_better_rounding.ipynb #20b44301

@@ -19,7 +19,7 @@ from ..kit.models import Loaded
 from ..kit.teaching import answering, taught
 from ..kit.settings import Settings, UsageError, unknown
 from .arithmetic import Quantized, _spread, choose_scale, from_codes, to_codes
-from .better_rounding import gptq_options, nearest_matrix, with_rounded
+from .better_rounding import gptq_matrix, nearest_matrix, with_rounded
 from .post_training import dequantized, load_packed, save_packed
 
 # %% ../../nbs/03_quantization/04_qat.ipynb #f07945f9
@@ -130,7 +130,7 @@ def convert(
 LOSSES, STARTS = ("text", "teacher"), ("nearest", "gptq")
 
 @store.recipe(version=1, uses=("torch", "transformers", training.fit, training.pack, compression.calibration, compression.input_statistics,
-                               choose_scale, to_codes, from_codes, Quantized.packed, gptq_options, nearest_matrix, with_rounded, save_packed, taught))
+                               choose_scale, to_codes, from_codes, Quantized.packed, gptq_matrix, nearest_matrix, with_rounded, save_packed, taught))
 def trained_rounded(
     folder:Path,            # where the store wants the files
     *, lm:str,              # as in `models.load`
@@ -161,7 +161,8 @@ def trained_rounded(
         begin = None
         if start == "gptq":
             seen = compression.calibration(m, texts[:200], n=64, length=length, seed=seed)
-            begin = {n: o[bits] for n, o in gptq_options(m, seen, (bits, 8), group_size, act_order=True, fitted=True).items()}
+            flow, fine = compression.input_statistics(m, seen, hessian=True), dict(act_order=True, fitted=True)
+            begin = {p.name: gptq_matrix(p.weight, flow[p.name].hessian, bits, group_size, **fine) for p in matrices(m, head=False)}
         student = prepare(student, bits, group_size, start=begin, in_place=True)
     with taught(student, answering(m), temperature=1., hard=0.) if loss == "teacher" else nullcontext():
         done = training.fit(student, windows, steps=steps, batch_size=batch_size, lr=lr, weight_decay=0., precision="bfloat16", seed=seed, in_place=True,
