@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'LIBRARIES', 'PARAMETER_TYPES', 'DOMAIN', 'clean', 'mask_personal', 'near_duplicates', 'split_by_key',
            'source_files', 'docstrings_in', 'docstrings', 'mask_names', 'type_label', 'parameters_in', 'parameter_type',
-           'prose', 'docstring_library', 'summary_body', 'running_text', 'domain_text', 'code_in', 'source_code']
+           'prose', 'summaries', 'docstring_library', 'summary_body', 'running_text', 'domain_text', 'code_in',
+           'source_code']
 
 # %% ../../nbs/kit/03_corpora.ipynb #90bbaaa8
 import hashlib, inspect, json, os, re, subprocess, sys, unicodedata, zlib
@@ -295,6 +296,26 @@ def prose(
         if _HEADING.search(p) or re.match(r"\s*(>>>|\.\. |[-*:] ?\w|```|<|\w+:\n)|\s{2,}|[A-Z]\w+:?$", p): break
         body.append(p)
     return mask_names(summary[:1000]), mask_names(" ".join(body)[:2000])
+
+def summaries(
+    texts,           # modules: docstrings with two blank lines between
+    n:int,           # pairs wanted
+    words:int=60,    # of a body, at most
+    each:int=1,      # pairs a module, at most
+)->list[tuple[str, str]]: # (body, summary)
+    "Docstrings taken apart into body and summary line, names masked."
+    found = []
+    for text in texts:
+        left = each
+        for doc in text.split("\n\n\n"):
+            head, _, rest = doc.partition("\n\n")
+            body, head = prose("x\n\n" + rest)[1] if rest else "", prose(head)[0]
+            if not (4 <= len(head.split()) <= 25 and len(body.split()) >= 20): continue
+            found.append((" ".join(body.split()[:words]), head))
+            left -= 1
+            if not left or len(found) == n: break
+        if len(found) == n: break
+    return found
 
 @store.recipe(version=1, uses="datasketch")
 def docstring_library(folder, *, source, per_class=1200, words=60):

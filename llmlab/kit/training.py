@@ -272,7 +272,9 @@ def _checked(loaded, train, given):
             raise UsageError(f"windows of {train.shape[1]} tokens are over the context of {loaded.name}, {most}. Pack with length={most}")
         if int(train.max()) >= vocabulary or int(train.min()) < 0:
             raise UsageError(f"token {int(train.max())} is none of the {vocabulary:,} that {loaded.name} embeds: the windows were made by another tokenizer")
-    else:
+    elif given["collate"] is None:
+        if loaded.task == "causal-lm":
+            raise UsageError("a causal language model trains on windows of `pack`; for other rows pass `collate`, which makes batches of them")
         labels, n = train["labels"][:], getattr(loaded.model.config, "num_labels", 0)
         wrong = sorted({o for o in labels if not isinstance(o, int) or not 0 <= o < n}, key=str)
         if wrong: raise UsageError(f"the label {wrong[0]!r} is out of range: {loaded.name} has the {n} classes 0 … {n - 1}")
@@ -333,6 +335,7 @@ def fit(
     progress:bool=False,          # show the library's bar
     in_place:bool=False,          # train the model given, not a copy
     callbacks=(),                 # of the library, further ones
+    collate=None,                 # a function: rows → input_ids, attention_mask, labels (B, T), if `train` is a list of rows of another kind
 )->Trained:
     """Train, evaluate, keep checkpoints. Raises `UsageError` for what does not fit together, `Diverged` for a loss gone wrong, `Unavailable` for a full disk.
     A run with a folder that is interrupted and called again gives the same weights as one that was not."""
@@ -370,7 +373,8 @@ def _made(loaded, given, where):
     model = (loaded.model if given["in_place"] else copy.deepcopy(loaded.model)).train()
     lm, watch = isinstance(given["train"], Tensor), _Watch()
     wrap = lambda d: Windows(d) if isinstance(d, Tensor) else d
-    more = dict(data_collator=default_data_collator) if lm else dict(data_collator=collator(loaded.tokenizer, given["padding"], given["max_tokens"]),
+    more = dict(data_collator=given["collate"] or default_data_collator) if lm or given["collate"] else dict(
+        data_collator=collator(loaded.tokenizer, given["padding"], given["max_tokens"]),
         compute_metrics=_accuracy, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))
     calls = [_clock_class()(watch), *given["callbacks"]]
     if given["patience"]: calls.append(EarlyStoppingCallback(given["patience"]))

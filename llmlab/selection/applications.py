@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'END_OF_TURN', 'DIALOGUES', 'GLOSSARY', 'DOMAIN', 'fitting', 'first_line', 'Application', 'Outcome', 'judge',
-           'summaries', 'first_sentence', 'summarising', 'pairs_in', 'by_layout', 'pair_f1', 'documented', 'extraction',
+           'first_sentence', 'summarising', 'pairs_in', 'by_layout', 'pair_f1', 'documented', 'extraction',
            'code_files', 'code_texts', 'next_lines', 'line_follower', 'edit_similarity', 'completion_scores',
            'completion', 'zlib_bits', 'chat', 'dialogue', 'word_by_word', 'translation', 'applications_table',
            'continued_lr', 'adapted', 'adapted_of', 'recipes', 'excerpts', 'plot_forgetting']
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from ..kit import corpora, data, ledger, metrics, models, stats, store, training
+from ..kit.corpora import summaries
 from ..kit.generation import generate
 from ..kit.models import Loaded
 from ..kit.settings import Settings, UsageError, expected_error, settings
@@ -78,23 +79,6 @@ def judge(
     said = generate(loaded, fitting(loaded, app.prompts, app.max_new_tokens), app.max_new_tokens)
     answers = tuple(app.read(o.text.partition(app.stop)[0] if app.stop else o.text) for o in said)
     return Outcome(app, answers, below, app.score(answers, app.references))
-
-# %% ../../nbs/01_selection/06_applications.ipynb #9bd50309
-def summaries(
-    texts,           # modules: docstrings with two blank lines between
-    n:int,           # pairs wanted
-    words:int=60,    # of a body, at most
-)->list[tuple[str, str]]: # (body, summary)
-    "Docstrings taken apart into body and summary line, one a module."
-    found = []
-    for text in texts:
-        for doc in text.split("\n\n\n"):
-            head, _, rest = doc.partition("\n\n")
-            body = corpora.prose("x\n\n" + rest)[1] if rest else ""
-            head = corpora.prose(head)[0]
-            if 4 <= len(head.split()) <= 25 and len(body.split()) >= 20: found.append((" ".join(body.split()[:words]), head)); break
-        if len(found) == n: break
-    return found
 
 # %% ../../nbs/01_selection/06_applications.ipynb #ed323e21
 def first_sentence(
