@@ -1,5 +1,6 @@
 """Learned prompts: what a reader need not see."""
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def llama(): return models.load("random:llama-tiny", task="causal-lm")
 
 
 @pytest.fixture(scope="module")
-def tok(): return models.load("random:llama-tiny", task="causal-lm").tokenizer
+def tok(): return bytewise()
 
 
 def rows(texts, labels, tok):
@@ -28,6 +29,10 @@ def rows(texts, labels, tok):
 
 
 def said(loaded, texts): return yardsticks.predictions(p.cloze(loaded, WORDS), texts)
+
+
+@cache
+def bytewise(): return models.load("random:llama-tiny", task="causal-lm").tokenizer
 
 
 # the cloze
@@ -60,11 +65,11 @@ def test_a_template_needs_one_place(template, tok):
 @quick(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=60), max_size=5), st.integers(12, 40))
 def test_the_question_is_never_cut(texts, most):
-    tok, template = models.random_tokenizer(TINY["gpt2"]()), "{text} Type:"
-    made = p.filled(template, texts, tok, most)
+    tok = bytewise()
+    made = p.filled("{text} Type:", texts, tok, most)
     assert len(made) == len(texts)
     for t, o in zip(texts, made):
-        assert o.endswith(" Type:") and t.startswith(o.removesuffix(" Type:").rstrip("\ufffd"))
+        assert o.endswith(" Type:") and t.startswith(o.removesuffix(" Type:"))
         assert len(tok(o)["input_ids"]) <= most
 
 

@@ -55,8 +55,8 @@ def filled(
     room = max_tokens - around - 2
     if room < 1: raise UsageError(f"the template {template!r} takes {around} tokens, and max_tokens={max_tokens} leaves no room for a text")
     if not texts: return []
-    ends = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=room, return_offsets_mapping=True)["offset_mapping"]
-    return [template.replace("{text}", t[:o[-1][1]] if o else "") for t, o in zip(texts, ends)]
+    places = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=room, return_offsets_mapping=True)["offset_mapping"]
+    return [template.replace("{text}", t if len(o) < room else t[:o[-1][0]]) for t, o in zip(texts, places)]  # the last token may be half a character
 
 # %% ../../nbs/02_finetuning/03_prompts.ipynb #d8de942e
 class Cloze(nn.Module):
