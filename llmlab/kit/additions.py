@@ -64,5 +64,6 @@ def load(
         raise Damaged(f"{path} cannot be read: {str(e).splitlines()[0]}. Save or copy the adapter again") from e
     if "weights" not in about: raise UsageError(f"{path} holds no adapter of this course: it does not say which base it belongs to")
     if about["weights"] != weights:
-        raise UsageError(f"the adapter in {folder} was trained on {about['base']} ({about['dtype']}); its weights are not those of {base.name} ({base.dtype})")
+        whose = f"{about['base']} ({about['dtype']})"
+        raise UsageError(f"the adapter in {folder} was trained on {whose}, and its weights are not those of {base.name} ({base.dtype})")
     return tensors, about
