@@ -27,7 +27,8 @@ def check_batches(
         assert max(wide) <= most, f"a batch has {max(wide)} tokens with its padding, {most} are allowed"
         waste = 1 - sum(lengths) / sum(wide)
         assert n < 40 or waste < .12, f"{n} texts of 1 to 60 tokens: {waste:.0%} of what is multiplied is padding. Are texts of similar length together?"
-        assert len(got) <= 1.25 * sum(lengths) / most + 2, f"{len(got)} batches of at most {most} tokens for {sum(lengths)} tokens: they could be fuller"
+        many = f"{len(got)} batches of at most {most} tokens for {sum(lengths)} tokens: they could be fuller"
+        assert len(got) <= 1.25 * sum(lengths) / most + 2, many
     assert batches([], 8) == [], "no texts are no batches"
     try: batches([4, 9], 8)
     except ValueError: return "correct"
@@ -49,7 +50,8 @@ def check_merge(
             got = layer(x)
         assert torch.equal(layer.bias, bias), "the bias has changed: the detour has none"
         off = (got - want).abs().max().item()
-        assert off < 1e-4, f"{kind}, {n_in} → {n_out}, rank {r}, alpha {alpha:g}: outputs differ by {off:.3g}. Is the scale alpha / r, and the weight turned the right way?"
+        assert off < 1e-4, (f"{kind}, {n_in} → {n_out}, rank {r}, alpha {alpha:g}: outputs differ by {off:.3g}. "
+            "Is the scale alpha / r, and the weight turned the right way?")
     return "correct"
 
 # %% ../../nbs/02_finetuning/09_exercises.ipynb #24f3e709
@@ -67,7 +69,9 @@ def check_routed(
             return f
         got = routed(x.clone(), counted("base", weight), {k: counted(k, w) for k, w in more.items()}, list(names))
         want = torch.stack([row @ weight + (row @ more[n] if n else 0) for row, n in zip(x, names)])
-        assert got.shape == want.shape and torch.allclose(got, want, atol=1e-5), f"names {names}: rows {[i for i in range(5) if not torch.allclose(got[i], want[i], atol=1e-5)]} are wrong"
+        assert got.shape == want.shape, f"the result should have shape {tuple(want.shape)}, yours has {tuple(got.shape)}"
+        wrong = [i for i in range(5) if not torch.allclose(got[i], want[i], atol=1e-5)]
+        assert not wrong, f"names {names}: rows {wrong} are wrong"
         expected = sorted([("base", 5), *((n, names.count(n)) for n in {*names} - {None})])
         assert sorted(calls) == expected, f"names {names}: calls with so many rows {sorted(calls)}, expected {expected}"
     try: routed(x, lambda o: o @ weight, {}, ["nobody"] * 5)
@@ -79,7 +83,7 @@ def check_labelled(
     labelled:Callable, # (prompt, answer, end, width) → ids, mask, labels
 )->str:                # "correct", or AssertionError that says what is wrong
     "Cases worked out by hand."
-    cases = {"fits": (([5, 6, 7], [8, 9], 0, 8), ([5, 6, 7, 8, 9, 0, 0, 0], [1] * 6 + [0] * 2, [-100] * 3 + [8, 9, 0] + [-100] * 2)),
+    cases = {"fits": (([5, 6, 7], [8, 9], 0, 8), ([5, 6, 7, 8, 9, 0, 0, 0], [1] * 6 + [0] * 2, [-100] * 3 + [8, 9, 0, -100, -100])),
         "exactly": (([5], [8], 0, 3), ([5, 8, 0], [1] * 3, [-100, 8, 0])),
         "too long": (([1, 2, 3, 4], [8, 9], 0, 5), ([3, 4, 8, 9, 0], [1] * 5, [-100] * 2 + [8, 9, 0])),
         "the end token within the prompt": (([0, 5], [8], 0, 5), ([0, 5, 8, 0, 0], [1] * 4 + [0], [-100] * 2 + [8, 0, -100])),
@@ -97,7 +101,7 @@ def check_dpo(
     "At the reference, far from it, and its gradient."
     o = torch.tensor([-30., -50.])
     loss, share = dpo(o, o - 2, o, o - 2, .1)
-    assert abs(float(loss) - math.log(2)) < 1e-5, f"a model equal to its reference has loss log 2, {math.log(2):.4f}, whatever it prefers; yours is {float(loss):.4f}"
+    assert abs(float(loss) - math.log(2)) < 1e-5, f"equal to its reference a model has the loss log 2, {math.log(2):.4f}; yours is {float(loss):.4f}"
     assert float(share) == 0, f"equal to the reference it prefers nothing more than that does: the share is 0, yours {float(share):.2f}"
     loss, share = dpo(o + torch.tensor([3., -1.]), o, o, o, .5)
     want = -(math.log(1 / (1 + math.exp(-1.5))) + math.log(1 / (1 + math.exp(.5)))) / 2
@@ -138,9 +142,10 @@ def check_honest(
     flat = mean([.6] * 50, 1, 300)
     got, reported = honest(flat, 5), flat.float().mean((1, 2)).max().item()
     assert isinstance(got, float) and 0 <= got <= 1, f"a share is asked for, got {got!r}"
-    assert got < reported - .01, f"fifty equal settings: {reported:.3f} would be reported, and yours is {got:.3f}. Does a part help to choose what is scored on it?"
+    assert got < reported - .01, f"of fifty equal settings {reported:.3f} would be reported, and yours is {got:.3f}: does a part help to choose what it scores?"
     better = mean([.5, .5, .8], 3, 200)
-    assert abs(honest(better, 4) - better[2].float().mean().item()) < 1e-5, "where one setting is best whatever part is left out, its mean over all texts and seeds is the answer"
+    want = better[2].float().mean().item()
+    assert abs(honest(better, 4) - want) < 1e-5, f"one setting is best whatever part is left out: its mean, {want:.3f}, is the answer"
     crossed = torch.zeros(2, 1, 6, dtype=torch.bool)
     crossed[0, 0, ::2] = True   # setting 0 is right on even texts, setting 1 on odd ones
     crossed[1, 0, 1::2] = True

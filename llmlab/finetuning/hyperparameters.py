@@ -453,7 +453,7 @@ def contests_of(
 )->dict:         # arguments of `contests`
     "As many searches as the profile pays for, each of eight whole trials' steps."
     table = tables_of(s)["grid"]
-    return dict(table=table, budget=8 * table["longest"], searches=(60 if s.effort > 1 else 12) if s.evidence else 2, seed=s.seed)
+    return dict(table=table, budget=8 * table["longest"], searches=(200 if s.effort > 1 else 40) if s.evidence else 2, seed=s.seed)
 
 # %% ../../nbs/02_finetuning/07_hyperparameters.ipynb #05fd4fcc
 def tested(
