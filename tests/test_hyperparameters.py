@@ -79,7 +79,7 @@ def test_halving_by_hand_is_that_of_the_library(seed, factor, trials):
     assert by_hand == list(found.trials)
 
 
-@pytest.mark.parametrize("sampler, pruner", itertools.product(hyper.SAMPLERS, hyper.PRUNERS))
+@pytest.mark.parametrize("sampler, pruner", [*itertools.product(hyper.SAMPLERS, hyper.PRUNERS)])
 def test_a_search_keeps_its_budget_is_repeatable_and_finds_the_best_of_what_it_tried(sampler, pruner):
     one, two = (hyper.search(curve, SPACE, 8 * 32, RUNGS, sampler, pruner, seed=3) for _ in range(2))
     assert one == two and one.spent <= one.budget
