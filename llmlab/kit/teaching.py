@@ -21,12 +21,13 @@ def distillation(
     teacher:Tensor,        # logits (…, classes)
     temperature:float=2.,  # above 1: more of what the teacher finds unlikely
     weight:Tensor|None=None, # (…), which positions count; None: all
+    divergence=None,       # a function of two log-probabilities, student's and teacher's: (…, classes) → (…); None: KL(teacher ‖ student)
 )->Tensor:                 # nats, a scalar
-    "T² · KL(teacher ‖ student) at temperature T, a mean over positions (Hinton, Vinyals and Dean 2015)."
+    "T² · KL(teacher ‖ student) at temperature T, a mean over positions (Hinton, Vinyals and Dean 2015); or another divergence in its place."
     if student.shape != teacher.shape: raise UsageError(f"student and teacher must answer alike, got logits {tuple(student.shape)} and {tuple(teacher.shape)}")
     if not temperature > 0: raise UsageError(f"temperature={temperature} is out of range: above 0")
     ours, theirs = (F.log_softmax(x.float() / temperature, dim=-1) for x in (student, teacher))
-    each = F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    each = divergence(ours, theirs) if divergence else F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
     return temperature**2 * (each.mean() if weight is None else (each * weight).sum() / weight.sum())
 
 # %% ../../nbs/kit/13_teaching.ipynb #83229743
@@ -35,14 +36,16 @@ def with_loss(
     student:Loaded,    # its model's class is changed within the context
     loss,              # a function: the student's output and the batch (input_ids, attention_mask, labels) → scalar; the output has the labels' own `loss`
     beside:torch.nn.Module|None=None, # trained along with the student, and taken away at the end
+    inputs=None,       # a function: the batch → the one that is trained on in its place; what it adds, the loss sees
     **options,         # of the student's forward in training, such as output_hidden_states=True
 ):                     # a context
     "Train within it, and this is the loss. Evaluation is on the labels alone."
     own, lm = type(student.model), student.task == "causal-lm"
     def forward(self, input_ids=None, attention_mask=None, labels=None):
-        more = (dict(use_cache=False) if lm else {}) | (options if self.training else {})
-        out = own.forward(self, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **more)
-        if self.training: out.loss = loss(out, dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels))
+        batch, more = dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels), dict(use_cache=False) if lm else {}
+        if self.training: batch, more = inputs(batch) if inputs else batch, more | options
+        out = own.forward(self, **{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}, **more)
+        if self.training: out.loss = loss(out, batch)
         return out
     student.model.__class__ = type(own.__name__, (own,), dict(forward=forward))
     if beside is not None: student.model.beside = beside.to(student.device)
@@ -57,15 +60,17 @@ def taught(
     teacher,               # a function: input_ids and mask (B, T) → logits, as the student gives them
     temperature:float=2.,  # as in `distillation`
     hard:float=.2,         # share of the labels' loss, 0 to 1
+    divergence=None,       # as in `distillation`
+    inputs=None,           # as in `with_loss`; a `weight` (B, T) that it adds says which positions of a language model count
 ):                         # a context
     "Train within it, and the loss is distillation mixed with the labels' own. Evaluation is on the labels alone."
     if not 0 <= hard <= 1: raise UsageError(f"hard={hard} is out of range: 0 (the teacher alone) to 1 (the labels alone)")
     lm = student.task == "causal-lm"
     def loss(out, batch):
         with torch.no_grad(): theirs = teacher(batch["input_ids"], batch["attention_mask"])
-        soft = distillation(out.logits, theirs.to(out.logits.device), temperature, batch["attention_mask"] if lm else None)
-        return hard * out.loss + (1 - hard) * soft
-    with with_loss(student, loss): yield student
+        soft = distillation(out.logits, theirs.to(out.logits.device), temperature, batch.get("weight", batch["attention_mask"]) if lm else None, divergence)
+        return hard * out.loss + (1 - hard) * soft if hard else soft
+    with with_loss(student, loss, inputs=inputs): yield student
 
 def answering(
     teacher:Loaded,  # stays as it is
