@@ -44,7 +44,8 @@ def test_every_map_ascends_within_the_teacher(k, more, how):
     assert features.layer_map(k, k + more, list(found)) == found
 
 @pytest.mark.parametrize("how, text", [([0, 1], "3 layers: one for each"), ([1, 3, 6], "names layer 6"), ([-1, 2, 3], "names layer -1"),
-    ([1, 3, 2], "must ascend"), ([1, 1, 2], "must ascend"), ([None] * 3, "no layer at all"), ("every second", "layer map"), ([0, 1, True], "names layer True"), ([0., 1, 2], "names layer 0.0")])
+    ([1, 3, 2], "must ascend"), ([1, 1, 2], "must ascend"), ([None] * 3, "no layer at all"),
+    ("every second", "layer map"), ([0, 1, True], "names layer True"), ([0., 1, 2], "names layer 0.0")])
 def test_a_map_that_does_not_fit_is_refused(how, text): refused(text, features.layer_map, 3, 6, how)
 
 def test_more_layers_than_the_teacher_are_refused():

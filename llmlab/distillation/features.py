@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -119,8 +118,8 @@ def least_error(
     width:int,      # of the student
 )->float:           # share of the squares, as `hidden_loss` counts
     "The smallest error of states that a projection from so few numbers can give (Eckart and Young 1936)."
-    if not 1 <= width: raise UsageError(f"width={width} must be at least 1")
-    squares = torch.linalg.svdvals(states.double()).square()
+    if width < 1: raise UsageError(f"width={width} must be at least 1")
+    squares = torch.linalg.eigvalsh(states.double().t() @ states.double()).clamp_min(0).flip(0)
     return (squares[width:].sum() / squares.sum()).item()
 
 # %% ../../nbs/05_distillation/02_features.ipynb #af13a43d
@@ -277,9 +276,9 @@ def study(
     seed:int,            # of order, dropout, new weights
     device:str,
     progress:bool=False, # show the library's bar
-)->dict:                 # right (split → list of 0 and 1), the curve, processor seconds, parameters
+)->dict:                 # right (split → list of 0 and 1), the curve, processor seconds, parameters, texts seen, the lesson's loss before and after
     "Train one student, and note what it gets right."
-    whole = models.load(str(store.build(classifier, device=device, **teacher).path), task="classifier", device=device)
+    whole = models.load(str(store.build(classifier, device=device, progress=progress, **teacher).path), task="classifier", device=device)
     limits = dict(train=teacher["examples"], validation=judged, test=judged)
     rows = {split: data.load(teacher["task"], split, limit=n, seed=teacher["seed"]) for split, n in limits.items()}
     n = min(len(rows["train"]), steps * batch_size)
@@ -288,16 +287,30 @@ def study(
     names = rows["train"].features["label"].names
     base = models.load(teacher["encoder"], task="classifier", labels=names, device=device, seed=seed) if start == "base" else None
     m = started(whole, layers, start, base, seed)
-    given, begun = dict(steps=steps, batch_size=batch_size, points=1, lr=lr, group_by_length=True, seed=seed, progress=progress), time.process_time()
+    given = dict(steps=steps, batch_size=batch_size, points=1, lr=lr, group_by_length=True, seed=seed, progress=progress)
+    apart = []
     if lesson == "labels": m, curve = retrained(m, x, y, **given)
     elif lesson == "logits": m, curve = retrained(m, x, y, answering(whole), **given)
     else:
-        with imitating(m, whole, lesson(m, whole), weight): m, curve = retrained(m, x, y, **given)
-    spent = time.process_time() - begun
+        ready, few = lesson(m, whole), rows["validation"]["text"][:64]
+        apart.append(_apart(ready, m, whole, few))
+        with imitating(m, whole, ready, weight): m, curve = retrained(m, x, y, **given)
+        apart.append(_apart(ready, m, whole, few))
     right = {k: [int(a == b) for a, b in zip(predictions(m, rows[k]["text"]).argmax(1).tolist(), rows[k]["label"])] for k in ("validation", "test")}
-    return dict(right=right, curve=curve, cpu_s=curve[-1]["cpu_s"], whole_s=spent, n_parameters=m.n_parameters)
+    return dict(right=right, curve=curve, cpu_s=curve[-1]["cpu_s"], n_parameters=m.n_parameters, seen=len(rows["train"]), apart=apart)
 
-@store.recipe(version=1, uses=(classifier.make, "torch", "transformers", training.fit))
+@torch.no_grad()
+def _apart(lesson, student, teacher, texts):
+    "What a lesson says of a student that is not being trained."
+    x, two = student.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128).to(student.device), (student, teacher)
+    if lesson.beside is not None: lesson.beside.to(student.device)
+    with ExitStack() as stack:
+        if lesson.maps:
+            for m in two: stack.enter_context(eager(m))
+        ours, theirs = (m.model.eval()(input_ids=x["input_ids"], attention_mask=x["attention_mask"], **lesson.wants) for m in two)
+        return lesson.loss(ours, theirs, x["attention_mask"]).item()
+
+@store.recipe(version=1, uses=(classifier.make, "torch", "transformers", training.fit, retrained, taught))
 def studied(
     folder:Path,            # where the store wants the files: none here
     *, teacher:dict,        # arguments of `classifier`: the whole model
@@ -325,7 +338,7 @@ def budget(
 )->dict:         # updates, examples judged, seeds
     "How much training a profile pays for."
     if not s.evidence: return dict(steps=1, judged=32, seeds=1)
-    return dict(steps=round(24 * s.effort), judged=1000 if s.effort > 1 else 320, seeds=s.seeds)
+    return dict(steps=max(1, round(24 * s.effort)), judged=1000 if s.effort > 1 else 320, seeds=s.seeds)
 
 def plan(
     s:Settings,  # of the run
@@ -336,11 +349,14 @@ def plan(
     alike = dict(teacher=classifier_of(s), steps=b["steps"], judged=b["judged"])
     cells = [(start, lesson) for start in ("base", "teacher") for lesson in ("labels", "hidden")]
     more = [("base", "attention"), ("narrow", "labels"), ("narrow", "hidden")] if s.evidence else [("narrow", "hidden")]
-    if s.effort > 1: more.append(("base", "logits"))
+    if s.effort > 1: more.insert(0, ("base", "logits"))
     made = {}
     for i in range(b["seeds"]):
         for start, lesson in cells + more: made[f"{start}, {lesson}", i] = studied, alike | dict(start=start, lesson=lesson, layers=spread, seed=s.seed + i)
-        if s.effort > 1: made["base, hidden, last layers", i] = studied, alike | dict(start="base", lesson="hidden", layers=last, seed=s.seed + i)
+        if s.effort > 1:
+            from_base = alike | dict(start="base", seed=s.seed + i)
+            made["base, hidden, last layers", i] = studied, from_base | dict(lesson="hidden", layers=last)
+            made["base, labels for as long", i] = studied, from_base | dict(lesson="labels", layers=spread, steps=round(b["steps"] * 5 / 3))
     return made
 
 def recipes(

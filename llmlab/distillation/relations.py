@@ -114,7 +114,7 @@ def relation_lesson(
     def loss(ours, theirs, mask): return losses[kind](*(pooled(o.hidden_states[-1], mask) for o in (ours, theirs)))
     return Lesson(loss, dict(output_hidden_states=True), to)
 
-@store.recipe(version=1, uses=(classifier.make, "torch", "transformers", training.fit))
+@store.recipe(version=1, uses=(classifier.make, "torch", "transformers", training.fit, features.study))
 def related(
     folder:Path,            # where the store wants the files: none here
     *, teacher:dict,        # arguments of `classifier`: the whole model
