@@ -65,7 +65,8 @@ def label_points(
         note.set_position((box.x0 - px, box.y0 - py))
         near = min(max(px, box.x0), box.x1) - px, min(max(py, box.y0), box.y1) - py
         if math.hypot(*near) > 12:  # too far off to be seen to belong
-            ax.annotate("", (x, y), xytext=near, textcoords="offset pixels", zorder=1, arrowprops=dict(arrowstyle="-", color=colour, lw=.6, alpha=.5, shrinkA=0, shrinkB=3))
+            line = dict(arrowstyle="-", color=colour, lw=.6, alpha=.5, shrinkA=0, shrinkB=3)
+            ax.annotate("", (x, y), xytext=near, textcoords="offset pixels", zorder=1, arrowprops=line)
         taken.append(box)
 
 def plain_log(
