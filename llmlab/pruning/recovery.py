@@ -68,8 +68,7 @@ def recovered(
     progress:bool=False,     # show the library's bar
 )->dict:                     # the curve, and processor seconds
     "A classifier that was cut and trained again."
-    whole, rows, valid = _materials(teacher, validation, device)
-    x, y = (training.tokenized(r, whole.tokenizer) for r in (rows, valid))
+    whole, rows, x, y = _materials(teacher, validation, device)
     m, ask, curve, spent, done = whole, answering(whole) if distil else None, [], 0., 0
     for i, stage in enumerate(stages):
         m = cut(m, stage, labelled_batches(m, rows, judge))
@@ -81,21 +80,21 @@ def recovered(
     return dict(curve=curve, cpu_s=spent)
 
 def _materials(teacher, validation, device):
-    "The whole classifier, training rows, and rows to watch."
+    "The whole classifier, training rows, and both them and the rows to watch as tokens."
     made = store.build(classifier, device=device, **teacher)
     whole = models.load(str(made.path), task="classifier", device=device)
     limits = dict(train=teacher["examples"], validation=validation)
     rows, valid = (data.load(teacher["task"], split, limit=n, seed=teacher["seed"]) for split, n in limits.items())
-    return whole, rows, valid
+    return whole, rows, *(training.tokenized(r, whole.tokenizer) for r in (rows, valid))
 
 # %% ../../nbs/04_pruning/04_recovery.ipynb #c0cf8c15
 def budget(
     s:Settings,  # of the run
-)->dict:         # steps of the classifier, of the language model, of one rung of the search; seeds
+)->dict:         # steps of the classifier, of the language model, of one rung of the search; seeds; examples tested, 0 for all
     "How much training a profile pays for."
-    if not s.evidence: return dict(steps=1, lm_steps=2, rung=1, seeds=1)
-    if s.resamples < 10_000: return dict(steps=24, lm_steps=32, rung=4, seeds=1)
-    return dict(steps=264, lm_steps=400, rung=16, seeds=3)
+    if not s.evidence: return dict(steps=1, lm_steps=2, rung=1, seeds=1, tested=32)
+    if s.resamples < 10_000: return dict(steps=24, lm_steps=32, rung=4, seeds=1, tested=480)
+    return dict(steps=264, lm_steps=400, rung=16, seeds=3, tested=0)
 
 # %% ../../nbs/04_pruning/04_recovery.ipynb #59c611c9
 def equal_work(
@@ -140,8 +139,7 @@ def searched(
     progress:bool=False,     # show the library's bar
 )->dict:                     # every trial, the winner, processor seconds
     "The best of several cuts after distillation, found by successive halving."
-    whole, rows, valid = _materials(teacher, validation, device)
-    x, y = (training.tokenized(r, whole.tokenizer) for r in (rows, valid))
+    whole, rows, x, y = _materials(teacher, validation, device)
     by, ask, trials, n, begun = labelled_batches(whole, rows, judge), answering(whole), [], rung, time.process_time()
     alive = {i: cut(whole, stage, by) for i, stage in enumerate(stages)}
     given = dict(batch_size=batch_size, lr=lr, group_by_length=True, progress=progress)
