@@ -207,9 +207,10 @@ def plan(
     "Every training of this notebook."
     b, config = budget(s), models.config(s.encoder)
     n, alike = config.num_hidden_layers, dict(teacher=classifier_of(s), steps=b["steps"], validation=128 if s.evidence else 16,
-        judge=64 if b["seeds"] > 1 else 32 if s.evidence else 8)
+        judge=64 if b["seeds"] > 1 else 32 if s.evidence else 4)
     text = dict(lm=s.lm, edition=models.edition(s.lm), corpus=s.corpus, made_from=data.origin(s.corpus), steps=b["lm_steps"], seed=s.seed,
         judge=8 if s.evidence else 1, layers=max(1, models.config(s.lm, "causal-lm").num_hidden_layers // 2))
+    if not s.evidence: text |= dict(batch_size=2, length=64); alike |= dict(batch_size=8)
     down = [dict(layers=k) for k in range(n - 1, max(1, n // 2) - 1, -1)]  # one layer at a time
     gentle = equal_work(config, max(1, 2 * n // 3), 1.75)
     made = {}
