@@ -8,6 +8,7 @@ __all__ = ['cut', 'labelled_batches', 'recovered', 'budget', 'equal_work', 'cand
 
 # %% ../../nbs/04_pruning/04_recovery.ipynb #d2f3a19e
 import json, math, time
+from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -108,8 +109,9 @@ def equal_work(
     "The widest MLP that so many layers may keep to need that many fewer operations."
     flops = lambda **counts: geometry_of(structured.resized(config, **counts), "encoder").flops(batch, tokens)
     wanted, width = flops() / speed_up, structured.shape_of(config).mlp
-    fits = [n for n in range(multiple, width + 1, multiple) if flops(layers=layers, mlp=n) <= wanted] if flops(layers=layers, mlp=multiple) <= wanted else []
-    return dict(layers=layers, mlp=fits[-1]) if fits else None
+    widths = range(multiple, width + 1, multiple)
+    fit = bisect_right(widths, wanted, key=lambda n: flops(layers=layers, mlp=n))
+    return dict(layers=layers, mlp=widths[fit - 1]) if fit else None
 
 def candidates(
     config,            # of the whole model
