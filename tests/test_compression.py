@@ -101,6 +101,15 @@ def test_bad_calibration_is_refused(llama, batches, message):
     assert not any(m._forward_pre_hooks for m in llama.model.modules())
 
 
+def test_each_input_is_shown_as_it_flows(llama):
+    place, seen = c.matrices(llama, head=False)[0], []
+    ids = torch.randint(5, 100, (2, 6))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    c.each_input(llama, [dict(input_ids=ids, attention_mask=mask)] * 2, [place], lambda p, x: seen.append((p.name, tuple(x.shape))))
+    assert seen == [(place.name, (10, place.shape[1]))] * 2
+    with pytest.raises(UsageError, match="not empty"): c.each_input(llama, [dict(input_ids=ids[0])], [place], print)
+
+
 def test_nan_is_noticed(llama):
     broken = c.copied(llama)
     with torch.no_grad(): broken.model.get_input_embeddings().weight[5] = float("nan")

@@ -235,3 +235,11 @@ def test_bfloat16_and_training_mode_are_kept():
     m.model.bfloat16().train()
     small, _ = structured.prune_mlp(m, keep=8)
     assert small.dtype == "bfloat16" and small.model.training
+
+def test_width_changes_no_number_of_operations():
+    from llmlab.kit import measure
+    m = made("llama")
+    cut = {"whole": m, "narrow": structured.prune_mlp(m, share=.5)[0], "shallow": structured.prune_layers(m, keep=1)[0]}
+    calls = {n: lambda o=o: o.model(torch.arange(8)[None]) for n, o in cut.items()}
+    counted = structured.ops_by_depth(cut, calls)
+    assert counted == {n: measure.count_ops(f) for n, f in calls.items()} and counted["shallow"] < counted["narrow"] == counted["whole"]

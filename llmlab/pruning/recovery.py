@@ -7,6 +7,7 @@ __all__ = ['cut', 'recovered', 'budget', 'equal_work', 'candidates', 'searched',
 
 # %% ../../nbs/04_pruning/04_recovery.ipynb #d2f3a19e
 import json, math, time
+from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -54,8 +55,7 @@ def recovered(
     progress:bool=False,     # show the library's bar
 )->dict:                     # the curve, and processor seconds
     "A classifier that was cut and trained again."
-    whole, rows, valid = _materials(teacher, validation, device)
-    x, y = (training.tokenized(r, whole.tokenizer) for r in (rows, valid))
+    whole, rows, x, y = _materials(teacher, validation, device)
     m, ask, curve, spent, done = whole, answering(whole) if distil else None, [], 0., 0
     for i, stage in enumerate(stages):
         m = cut(m, stage, labelled_batches(m, rows, judge))
@@ -67,21 +67,21 @@ def recovered(
     return dict(curve=curve, cpu_s=spent)
 
 def _materials(teacher, validation, device):
-    "The whole classifier, training rows, and rows to watch."
+    "The whole classifier, training rows, and both them and the rows to watch as tokens."
     made = store.build(classifier, device=device, **teacher)
     whole = models.load(str(made.path), task="classifier", device=device)
     limits = dict(train=teacher["examples"], validation=validation)
     rows, valid = (data.load(teacher["task"], split, limit=n, seed=teacher["seed"]) for split, n in limits.items())
-    return whole, rows, valid
+    return whole, rows, *(training.tokenized(r, whole.tokenizer) for r in (rows, valid))
 
 # %% ../../nbs/04_pruning/04_recovery.ipynb #c0cf8c15
 def budget(
     s:Settings,  # of the run
-)->dict:         # steps of the classifier, of the language model, of one rung of the search; seeds
+)->dict:         # steps of the classifier, of the language model, of one rung of the search; seeds; examples tested, 0 for all
     "How much training a profile pays for."
-    if not s.evidence: return dict(steps=1, lm_steps=2, rung=1, seeds=1)
-    if s.resamples < 10_000: return dict(steps=24, lm_steps=32, rung=4, seeds=1)
-    return dict(steps=264, lm_steps=400, rung=16, seeds=3)
+    if not s.evidence: return dict(steps=1, lm_steps=2, rung=1, seeds=1, tested=32)
+    if s.resamples < 10_000: return dict(steps=24, lm_steps=32, rung=4, seeds=1, tested=480)
+    return dict(steps=264, lm_steps=400, rung=16, seeds=3, tested=0)
 
 # %% ../../nbs/04_pruning/04_recovery.ipynb #59c611c9
 def equal_work(
@@ -95,8 +95,9 @@ def equal_work(
     "The widest MLP that so many layers may keep to need that many fewer operations."
     flops = lambda **counts: geometry_of(structured.resized(config, **counts), "encoder").flops(batch, tokens)
     wanted, width = flops() / speed_up, structured.shape_of(config).mlp
-    fits = [n for n in range(multiple, width + 1, multiple) if flops(layers=layers, mlp=n) <= wanted] if flops(layers=layers, mlp=multiple) <= wanted else []
-    return dict(layers=layers, mlp=fits[-1]) if fits else None
+    widths = range(multiple, width + 1, multiple)
+    fit = bisect_right(widths, wanted, key=lambda n: flops(layers=layers, mlp=n))
+    return dict(layers=layers, mlp=widths[fit - 1]) if fit else None
 
 def candidates(
     config,            # of the whole model
@@ -127,8 +128,7 @@ def searched(
     progress:bool=False,     # show the library's bar
 )->dict:                     # every trial, the winner, processor seconds
     "The best of several cuts after distillation, found by successive halving."
-    whole, rows, valid = _materials(teacher, validation, device)
-    x, y = (training.tokenized(r, whole.tokenizer) for r in (rows, valid))
+    whole, rows, x, y = _materials(teacher, validation, device)
     by, ask, trials, n, begun = labelled_batches(whole, rows, judge), answering(whole), [], rung, time.process_time()
     alive = {i: cut(whole, stage, by) for i, stage in enumerate(stages)}
     given = dict(batch_size=batch_size, lr=lr, group_by_length=True, progress=progress)
@@ -196,9 +196,10 @@ def plan(
     "Every training of this notebook."
     b, config = budget(s), models.config(s.encoder)
     n, alike = config.num_hidden_layers, dict(teacher=classifier_of(s), steps=b["steps"], validation=128 if s.evidence else 16,
-        judge=64 if b["seeds"] > 1 else 32 if s.evidence else 8)
+        judge=64 if b["seeds"] > 1 else 32 if s.evidence else 4)
     text = dict(lm=s.lm, edition=models.edition(s.lm), corpus=s.corpus, made_from=data.origin(s.corpus), steps=b["lm_steps"], seed=s.seed,
         judge=8 if s.evidence else 1, layers=max(1, models.config(s.lm, "causal-lm").num_hidden_layers // 2))
+    if not s.evidence: text |= dict(batch_size=2, length=64); alike |= dict(batch_size=8)
     down = [dict(layers=k) for k in range(n - 1, max(1, n // 2) - 1, -1)]  # one layer at a time
     gentle = equal_work(config, max(1, 2 * n // 3), 1.75)
     made = {}

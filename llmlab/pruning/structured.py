@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'UNITS', 'SCORES', 'Anatomy', 'anatomy', 'Shape', 'shape_of', 'resized', 'changes_between', 'count',
            'gated', 'open_gates', 'scores', 'kept', 'prune_heads', 'prune_mlp', 'prune_hidden', 'prune_layers',
-           'closed_gates', 'plot_scores', 'plot_heads', 'forecast']
+           'closed_gates', 'plot_scores', 'plot_heads', 'forecast', 'ops_by_depth']
 
 # %% ../../nbs/04_pruning/02_structured.ipynb #3dc4e4d5
 import copy, tempfile, warnings
@@ -548,7 +548,7 @@ def plot_heads(
 # %% ../../nbs/04_pruning/02_structured.ipynb #cf5e5fea
 def forecast(
     loaded:Loaded,  # a model
-    call,           # what will be timed; its operations are counted once
+    call,           # what will be timed, and its operations counted; or their number
     ceilings,       # of the machine
     phase:str,      # decode, prefill, encode
     tokens:int,     # new tokens of decode, or of one pass
@@ -557,9 +557,18 @@ def forecast(
     dtype:str="float32", # of the arithmetic
 ):                  # measure.Forecast
     "How long a call takes, from the bytes and operations of the model's geometry."
-    g, ops = geometry_of(loaded.model.config, loaded.task), measure.count_ops(call)
+    g, ops = geometry_of(loaded.model.config, loaded.task), measure.count_ops(call) if callable(call) else call
     work = measure.work(g, batch, tokens, phase, dtype, context=prompt if phase == "decode" else 0, ops=0)
     if prompt:
         before = measure.work(g, batch, prompt, "prefill", dtype, ops=0)
         work = replace(work, bytes=work.bytes + before.bytes, flops=work.flops + before.flops)
     return measure.predict(replace(work, ops=ops), ceilings)
+
+def ops_by_depth(
+    models_:dict,  # name → Loaded, of one family
+    calls:dict,    # name → what will be timed
+)->dict:           # name → operations that a call dispatches
+    "Counted once for each number of layers: a cut of heads, neurons or width makes operations smaller, not fewer."
+    depth, counted = {n: len(models.layers_of(m)) for n, m in models_.items()}, {}
+    for n, d in depth.items(): counted[d] = counted.get(d) or measure.count_ops(calls[n])
+    return {n: counted[d] for n, d in depth.items()}

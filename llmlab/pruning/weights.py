@@ -114,15 +114,16 @@ def sparsegpt(
 
 def _pruned_block(block, U, sparsity, pattern, scope):
     "Prune some columns in place; the errors, in units of U, are for the columns that follow."
-    errors, diagonal = torch.zeros_like(block), U.diagonal()
-    kept = None if pattern else keep(block.square() / diagonal.square(), sparsity, scope)
-    for i in range(block.shape[1]):
-        if pattern and i % 4 == 0: kept4 = two_of_four(block[:, i:i + 4].square() / diagonal[i:i + 4].square())
-        column = kept4[:, i % 4] if pattern else kept[:, i]
-        errors[:, i] = torch.where(column, 0, block[:, i]) / diagonal[i]
-        block[:, i:] -= errors[:, i, None] * U[i, i:]
-        block[:, i] = torch.where(column, block[:, i], 0)
-    return errors
+    columns, diagonal = block.t().contiguous(), U.diagonal()  # a column lies together now
+    errors, kept = torch.zeros_like(columns), None if pattern else keep(block.square() / diagonal.square(), sparsity, scope).t().contiguous()
+    for i in range(len(columns)):
+        if pattern and i % 4 == 0: kept4 = two_of_four((columns[i:i + 4].square() / diagonal[i:i + 4, None].square()).t())
+        column = kept4[:, i % 4] if pattern else kept[i]
+        errors[i] = torch.where(column, 0, columns[i]) / diagonal[i]
+        columns[i:].addr_(U[i, i:], errors[i], alpha=-1)
+        columns[i] = torch.where(column, columns[i], 0)
+    block.copy_(columns.t())
+    return errors.t()
 
 # %% ../../nbs/04_pruning/01_weights.ipynb #5100ad75
 def two_of_four(

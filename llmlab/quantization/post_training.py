@@ -572,7 +572,7 @@ def foretell(
     "How long each variant takes: by the operations at the machine's rates, and as its own linear layers plus the rest of fp32."
     first, *_ = models_
     halves = {name: taken_apart(m, call) for name, m in models_.items()}
-    timed = measure.compare({name: linear for name, (linear, _) in halves.items()} | {"the rest": halves[first][1]}, pairs=pairs, warmup=1)
+    timed = measure.compare({name: linear for name, (linear, _) in halves.items()} | {"the rest": halves[first][1]}, pairs=pairs, warmup=0)
     rate = lambda name: "float32" if name == first or "weights" in name else "int8"
     floor = {name: (linear_flops / ceilings.rate(rate(name)) + (flops - linear_flops) / ceilings.rate("float32")) / 1e9 for name in models_}
     made = lambda seconds, name: measure.Forecast(max(seconds, floor[name]), floor[name], "arithmetic")

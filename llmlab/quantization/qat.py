@@ -176,6 +176,7 @@ def trainings_of(
 )->dict:         # name → arguments of `trained_rounded`
     "What a run trains; with more effort more steps, and more variants."
     same = dict(lm=s.lm, edition=models.edition(s.lm), corpus=s.corpus, made_from=data.origin(s.corpus), steps=max(2, round(25 * s.effort)), seed=s.seed)
+    if not s.evidence: same |= dict(batch_size=2, length=64)
     made = {"control, not rounded": dict(bits=0), "QAT 2 bits, on text": dict(bits=2)}
     if s.evidence:
         made |= {"QAT 2 bits, from GPTQ, taught": dict(bits=2, start="gptq", loss="teacher", lr=1e-3), "QAT 3 bits, taught": dict(bits=3, loss="teacher")}
