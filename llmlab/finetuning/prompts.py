@@ -383,7 +383,7 @@ def over_draws(
     return stats.Estimate(x.mean(), x.mean() - half, x.mean() + half, len(x), "%")
 
 # %% ../../nbs/02_finetuning/03_prompts.ipynb #c0cf4f1e
-RATES = {"full": (1e-3, 3e-4, 3e-3), "LoRA": (5e-3, 1e-2, 2e-3), "soft prompt": (1e-2, 3e-2, 3e-3), "prefix": (3e-2, 1e-2, .1), "P-tuning": (5e-3, 1e-3, 2e-2)}
+RATES = {"full": (1e-3, 3e-4, 3e-3), "LoRA": (1e-2, 5e-3, 2e-2), "soft prompt": (1e-2, 3e-2, 3e-3), "prefix": (3e-2, 1e-2, .1), "P-tuning": (5e-3, 1e-3, 2e-2)}
 
 @store.recipe(version=1, uses=("torch", "transformers", "peft", training.fit, training.tokenized, yardsticks.predictions))
 def few_shot(
