@@ -297,7 +297,7 @@ def learned_prompt(
     frozen:bool,                  # the base; False: the recipe as it is commonly written
     lr:float,                     # highest learning rate
     shots:int=16,                 # examples a class
-    steps:int=24,
+    steps:int=42,
     batch_size:int=8,
     template:str=TEMPLATES[0],    # with {text} in it
     max_tokens:int=64,            # of template and text
@@ -327,7 +327,7 @@ def learned_of(
 )->dict:           # arguments of `learned_prompt`
     "What a run asks of the store for the recipe and what was put right."
     base = dict(lm=s.lm, edition=models.edition(s.lm), task=s.task, made_from=data.origin(s.task), examples=s.train_examples, seed=s.seed)
-    return base | dict(frozen=frozen, lr=1e-2 if frozen else 1e-3) | ({} if s.evidence else dict(shots=2, steps=1, judges=8))
+    return base | dict(frozen=frozen, lr=1e-2 if frozen else 3e-4) | ({} if s.evidence else dict(shots=2, steps=1, judges=8))
 
 # %% ../../nbs/02_finetuning/03_prompts.ipynb #db57dfa4
 class ReadOnce(nn.Module):
@@ -437,7 +437,8 @@ def few_shot_of(
     "What a run asks of the store for one method: all sizes for the three that are compared, one for the others."
     base = dict(lm=s.lm, edition=models.edition(s.lm), task=s.task, made_from=data.origin(s.task), method=method, examples=s.train_examples, seed=s.seed)
     compared, whole = method in METHODS[:3], s.effort > 1
-    if not s.evidence: return base | dict(sizes=[2], draws=1, rates=list(RATES[method][:1 + compared]), rate_size=2, least=1, epochs=.1, judges=8, tests=16)
+    if not s.evidence:
+        return base | dict(sizes=[2], draws=1, rates=list(RATES[method][:1 + (method == "full")]), rate_size=2, least=1, epochs=.1, judges=8, tests=16)
     sizes = ([4, 16, 64, 256] if whole else [4, 16]) if compared else [16]
     more = dict(least=round(24 * s.effort), epochs=2., tests=s.test_examples) if whole else dict(tests=s.test_examples or 192)
     return base | dict(sizes=sizes, draws=max(2, s.seeds) if compared or whole else 1, rates=list(RATES[method][:3 if whole else 1]), rate_size=16) | more
