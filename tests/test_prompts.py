@@ -195,7 +195,8 @@ def test_draws_are_balanced_and_nested(y, seed):
     assert all([y[i] for i in large].count(c) == most for c in {*y})
 
 
-@pytest.mark.parametrize("y, shots, message", [([0, None, 1], 1, "row 1 has no label"), ([1, 1], 1, "one class"), ([0, 1], 2, "class 0 has 1"), ([0, 1], 0, "at least 1"),
+@pytest.mark.parametrize("y, shots, message", [
+    ([0, None, 1], 1, "row 1 has no label"), ([1, 1], 1, "one class"), ([0, 1], 2, "class 0 has 1"), ([0, 1], 0, "at least 1"),
     ([0, -1, 1], 1, "row 1 has no label"), ([0., math.nan], 1, "row 1 has no label")])
 def test_draws_that_cannot_be(y, shots, message):
     with pytest.raises(UsageError, match=message): p.few(y, shots)
@@ -228,6 +229,11 @@ def test_every_profile_asks_for_what_the_task_has():
     train = data.load("embedded:parameter-type", "train")
     least = min(train["label"][:].count(k) for k in {*train["label"]})
     for profile in ("smoke", "tiny", "thorough"):
-        asked = [a for _, a in p.recipes(settings(profile))]
+        asked = [a for _, a in p.recipes(settings(profile)) if "method" in a]
         assert {a["method"] for a in asked} == {*p.METHODS} and all(a["rate_size"] <= least and max(a["sizes"]) <= least for a in asked)
     assert {*asked[0]["sizes"]} >= {4, 256}
+
+
+def test_rows_without_a_label_column_make_no_cloze(llama):
+    from datasets import Dataset
+    with pytest.raises(UsageError, match="no column 'label'"): p.cloze_rows(Dataset.from_dict(dict(text=["a"])), "{text}:", llama.tokenizer)
