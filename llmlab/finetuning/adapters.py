@@ -323,10 +323,10 @@ def plan(
     long, base = s.effort > 1, dict(encoder=s.encoder, edition=models.edition(s.encoder))
     few = {first: s.train_examples, second: 4000 if long else 1200} if s.evidence else dict.fromkeys((first, second), 32)
     on = {t: base | dict(task=t, made_from=data.origin(t), examples=n) for t, n in few.items()}
-    each, made = dict(epochs=EPOCHS if s.evidence else 1., placement=PLACEMENT, size=SIZE, lr=RATE), {}
+    each, made = dict(epochs=(3. if long else EPOCHS) if s.evidence else 1., placement=PLACEMENT, size=SIZE, lr=RATE), {}
     for i in range(s.seed, s.seed + min(s.seeds, 3)):
         for t in few:
-            full = yardsticks.classifier_of(s) | ({} if t == first and s.evidence else on[t]) | dict(seed=i)
+            full = yardsticks.classifier_of(s) | ({} if t == first else on[t]) | dict(seed=i)
             made |= {f"{called(t)}, full, seed {i}": (yardsticks.classifier, full), f"{called(t)}, adapter, seed {i}": (adapted, on[t] | each | dict(seed=i))}
     tries = [(p, n, r) for p in PLACEMENTS for n in (8, 32, 128) for r in (1e-3, 3e-3, 1e-2)] if long else TRIES[:None if s.evidence else 1]
     short = dict(examples=1600 if long else 960, epochs=1.) if s.evidence else dict(examples=32, epochs=1.)
