@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from . import hyperparameters, lora
-from ..kit import data, footprint, geometry, ledger, measure, models, pictures, stats, store, training, yardsticks
+from ..kit import data, footprint, geometry, ledger, measure, metrics, models, pictures, stats, store, training, yardsticks
+from ..kit.compression import copied
 from ..kit.settings import Settings, UsageError, settings
 
 # %% ../../nbs/02_finetuning/08_which_one.ipynb #a9173682
@@ -38,7 +39,6 @@ def frozen(
     loaded:models.Loaded,  # a classifier; it stays as it is
 )->models.Loaded:          # a copy of which only the head is trained
     "Nothing but the head learns. Raises `UsageError` for a model without one."
-    from llmlab.kit.compression import copied
     copy = copied(loaded)
     for name, p in copy.model.named_parameters(): p.requires_grad_(geometry.part_of(name) in ("head", "pooler"))
     if not any(p.requires_grad for p in copy.model.parameters()): raise UsageError(f"{loaded.name} has no head to train: load it with task='classifier'")
