@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from . import hyperparameters, lora
-from ..kit import data, footprint, geometry, ledger, measure, models, pictures, stats, store, training, yardsticks
+from ..kit import data, footprint, geometry, ledger, measure, metrics, models, pictures, stats, store, training, yardsticks
+from ..kit.compression import copied
 from ..kit.settings import Settings, UsageError, settings
 
 # %% ../../nbs/02_finetuning/08_which_one.ipynb #a9173682
@@ -38,7 +39,6 @@ def frozen(
     loaded:models.Loaded,  # a classifier; it stays as it is
 )->models.Loaded:          # a copy of which only the head is trained
     "Nothing but the head learns. Raises `UsageError` for a model without one."
-    from llmlab.kit.compression import copied
     copy = copied(loaded)
     for name, p in copy.model.named_parameters(): p.requires_grad_(geometry.part_of(name) in ("head", "pooler"))
     if not any(p.requires_grad for p in copy.model.parameters()): raise UsageError(f"{loaded.name} has no head to train: load it with task='classifier'")
@@ -120,15 +120,14 @@ def step_call(
 def step_peak(
     loaded:models.Loaded,  # it is trained by two steps
     batch:dict,            # input_ids, attention_mask, labels
-)->int:                    # bytes: weights, and what two updates held above them at the peak
-    "Memory of training steps with AdamW."
-    loaded.model.train()
-    with footprint.peak_memory(str(loaded.device)) as peak:
-        adam = torch.optim.AdamW([p for p in loaded.model.parameters() if p.requires_grad], lr=1e-5)
-        for _ in range(2):
+)->int:                    # bytes: weights, and the tensors that two updates held above them at the peak
+    "Memory of training steps with AdamW, counted tensor by tensor. What libraries and the allocator reserve comes on top."
+    adam = torch.optim.AdamW([p for p in loaded.model.train().parameters() if p.requires_grad], lr=1e-5)
+    with geometry.Allocations() as seen:
+        for _ in range(2):  # the second finds the optimizer's averages in place
             loaded.model(**batch).loss.backward()
             adam.step(); adam.zero_grad()
-    return peak.bytes + models.bytes_in_memory(loaded.model)
+    return seen.peak + models.bytes_in_memory(loaded.model)
 
 # %% ../../nbs/02_finetuning/08_which_one.ipynb #1b8b7ae4
 def counted_words(
