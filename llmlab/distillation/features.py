@@ -396,7 +396,7 @@ def _redrawn(x, unit, resamples, seed):
     draw, (k, n) = np.random.default_rng(seed), x.shape
     by_seed = draw.multinomial(k, [1 / k] * k, resamples) / k
     by_example = draw.multinomial(n, [1 / n] * n, resamples) / n
-    low, high = np.quantile(np.einsum("rk,kn,rn->r", by_seed, x, by_example, optimize=True), (.025, .975))
+    low, high = np.quantile(np.einsum("rk,kn,rn->r", by_seed, x, by_example, optimize=True), (.025, .975)).round(9)
     return Estimate(x.mean(), low, high, k * n, unit, x.mean(0))
 
 def accuracy_of(
