@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAYER_MAPS', 'STARTS', 'LESSONS', 'layer_map', 'hidden_loss', 'projections', 'narrowed', 'least_error',
-           'attention_loss', 'eager', 'inside_bytes', 'Lesson', 'hidden_lesson', 'attention_lesson', 'same_tokens',
-           'imitating', 'started', 'study', 'studied', 'budget', 'plan', 'recipes', 'accuracy_of', 'gain']
+           'attention_loss', 'eager', 'plot_maps', 'inside_bytes', 'Lesson', 'hidden_lesson', 'attention_lesson',
+           'same_tokens', 'imitating', 'started', 'study', 'studied', 'budget', 'plan', 'recipes', 'accuracy_of',
+           'gain']
 
 # %% ../../nbs/05_distillation/02_features.ipynb #cc94bb07
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -158,6 +159,21 @@ def eager(
     finally:
         model.set_attn_implementation(was)
         for (o, k), p in zip(drops, kept): setattr(o, k, p)
+
+# %% ../../nbs/05_distillation/02_features.ipynb #7e328df9
+def plot_maps(
+    maps:dict,    # name → (T, T), one head
+    words=None,   # T strings
+    axes=None,    # as many matplotlib axes as maps
+):                # the axes
+    "Who looks at whom: a row for each token, dark where it looks."
+    import matplotlib.pyplot as plt
+    if axes is None: axes = plt.subplots(1, len(maps), figsize=(3.3 * len(maps), 3.4), layout="constrained", sharey=True, squeeze=False)[1][0]
+    for ax, (name, a) in zip(axes, maps.items()):
+        ax.imshow(a.float().cpu(), cmap="Blues", vmin=0)
+        ax.set_title(name, fontsize=9)
+        if words: ax.set_xticks(range(len(words)), words, rotation=90, fontsize=7); ax.set_yticks(range(len(words)), words, fontsize=7)
+    return axes
 
 # %% ../../nbs/05_distillation/02_features.ipynb #ffebee69
 def inside_bytes(
@@ -352,7 +368,9 @@ def plan(
     if s.effort > 1: more.insert(0, ("base", "logits"))
     made = {}
     for i in range(b["seeds"]):
-        for start, lesson in cells + more: made[f"{start}, {lesson}", i] = studied, alike | dict(start=start, lesson=lesson, layers=spread, seed=s.seed + i)
+        for start, lesson in cells + more:
+            slow = dict(lr=2e-3, steps=2 * b["steps"]) if start == "narrow" else {}  # from random layers: longer, at a higher rate
+            made[f"{start}, {lesson}", i] = studied, alike | dict(start=start, lesson=lesson, layers=spread, seed=s.seed + i) | slow
         if s.effort > 1:
             from_base = alike | dict(start="base", seed=s.seed + i)
             made["base, hidden, last layers", i] = studied, from_base | dict(lesson="hidden", layers=last)
@@ -378,7 +396,7 @@ def _redrawn(x, unit, resamples, seed):
     draw, (k, n) = np.random.default_rng(seed), x.shape
     by_seed = draw.multinomial(k, [1 / k] * k, resamples) / k
     by_example = draw.multinomial(n, [1 / n] * n, resamples) / n
-    low, high = np.quantile(np.einsum("rk,kn,rn->r", by_seed, x, by_example, optimize=True), (.025, .975))
+    low, high = np.quantile(np.einsum("rk,kn,rn->r", by_seed, x, by_example, optimize=True), (.025, .975)).round(9)
     return Estimate(x.mean(), low, high, k * n, unit, x.mean(0))
 
 def accuracy_of(

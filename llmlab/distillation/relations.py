@@ -50,7 +50,7 @@ def distance_loss(
     student:Tensor,  # (B, D)
     teacher:Tensor,  # (B, D'), of the same texts
 )->Tensor:           # a scalar; 0 for the same distances, up to one factor for all
-    "Distances over their mean, compared by Huber's loss (Park et al. 2019, eq. 3–5)."
+    "Distances over their mean, compared by Huber's loss (Park et al. 2019, RKD-D)."
     _several(student, teacher, 2, "distances")
     def relative(x):
         d = distances(x)
@@ -74,7 +74,7 @@ def angle_loss(
     student:Tensor,  # (B, D)
     teacher:Tensor,  # (B, D'), of the same texts
 )->Tensor:           # a scalar
-    "Angles of all triples of different texts, compared by Huber's loss (Park et al. 2019, eq. 6–7)."
+    "Angles of all triples of different texts, compared by Huber's loss (Park et al. 2019, RKD-A)."
     _several(student, teacher, 3, "angles")
     i = torch.arange(len(student), device=student.device)
     different = (i[:, None, None] != i[None, :, None]) & (i[None, :, None] != i) & (i[:, None, None] != i)
@@ -148,7 +148,8 @@ def plan(
         for start in ("base", "narrow") if s.effort > 1 else ("base",):
             for lesson in ("labels", "hidden"): made[f"{start}, {lesson}", i] = before[f"{start}, {lesson}", i]
             alike = {k: v for k, v in before[f"{start}, labels", i][1].items() if k != "lesson"}
-            for kind in kinds: made[f"{start}, {kind}", i] = related, alike | dict(kind=kind, weight=WEIGHTS[kind])
+            for kind in kinds if start == "base" else ("shape", "contrast"):
+                made[f"{start}, {kind}", i] = related, alike | dict(kind=kind, weight=WEIGHTS[kind])
     return made
 
 def recipes(
