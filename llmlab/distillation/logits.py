@@ -26,7 +26,7 @@ def budget(
 )->dict:         # updates, seeds, texts with a label, without, and tested on (0: all); validation texts; updates of a trial
     "How much training a profile pays for."
     if not s.evidence: return dict(steps=1, seeds=1, labelled=48, more=48, tests=48, validation=16, trial=1)
-    if s.effort <= 1: return dict(steps=24, seeds=1, labelled=768, more=768, tests=400, validation=128, trial=12)
+    if s.effort <= 1: return dict(steps=20, seeds=1, labelled=640, more=640, tests=320, validation=128, trial=8)
     return dict(steps=round(110 * s.effort), seeds=s.seeds, labelled=0, more=0, tests=0, validation=256, trial=146)
 
 # %% ../../nbs/05_distillation/01_logits.ipynb #2ceeab97
@@ -276,24 +276,24 @@ def student_of(
     return dict(teacher=classifier_of(s), layers=max(1, models.config(s.encoder).num_hidden_layers // 2), labelled=b["labelled"] or s.train_examples,
         steps=b["steps"], validation=b["validation"], seed=s.seed) | options
 
-LESSONS = {"labels, from the base": dict(start="base", distil=False), "labels": dict(distil=False), "taught": {}, "taught, more text": dict(more=True)}
+LESSONS = {"labels from the base": dict(start="base", distil=False), "labels": dict(distil=False), "taught": {}, "taught with more text": dict(more=True)}
 
 def plan(
     s:Settings,  # of the run
 )->dict:         # (lesson, seed) → arguments of `student`
     "Every student of this notebook."
-    lessons = LESSONS if s.evidence else {"taught, more text": LESSONS["taught, more text"]}
+    lessons = LESSONS if s.evidence else {"taught with more text": LESSONS["taught with more text"]}
     source = lambda o: o | dict(more=extra_source(s)) if o.get("more") else o
     return {(name, s.seed + i): student_of(s, **source(o), seed=s.seed + i) for i in range(budget(s)["seeds"]) for name, o in lessons.items()}
 
-TRIALS = [dict(temperature=t, hard=h) for t, h in ((1., .2), (2., .2), (4., .2), (2., 0.), (2., .8))]
+TRIALS = [dict(temperature=t, hard=h) for t, h in ((2., .2), (2., .8), (8., .2), (1., .2), (4., .2), (2., 0.))]  # the first few, where time is short
 
 def sweep_of(
     s:Settings,  # of the run
 )->dict:         # arguments of `swept`
     "What a run asks of the store for its comparison of temperatures and mixes."
     given = {k: v for k, v in student_of(s).items() if k in ("teacher", "layers", "labelled", "validation", "seed")}
-    return given | dict(steps=budget(s)["trial"], trials=TRIALS if s.evidence else TRIALS[:1])
+    return given | dict(steps=budget(s)["trial"], trials=TRIALS[:len(TRIALS) if s.effort > 1 else 3 if s.evidence else 1])
 
 def recipes(
     s:Settings,  # of the run
