@@ -1,4 +1,5 @@
 """What a reader need not see of distillation: the teacher's table, texts, where a student begins, the plan, shares, and the exercises' usual slips."""
+from dataclasses import replace
 import pytest, torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, Value
@@ -50,7 +51,7 @@ def test_training_from_the_table_is_training_from_the_teacher(teacher, rows):
 def test_a_teacher_of_other_classes_or_tokens_is_refused(teacher, student):
     assert logits.asked(teacher, student)
     refused("same classes", logits.asked, models.load("random:bert-tiny", task="classifier", n_labels=4), student)
-    other = models.load("embedded:minilm", task="classifier", n_labels=3)
+    other = replace(teacher, tokenizer=models.load("random:llama-tiny", task="causal-lm").tokenizer)
     refused("different tokenizers.*told", logits.asked, other, student)
 
 def test_a_temperature_of_nothing_is_refused():
@@ -113,6 +114,7 @@ def test_the_interval_covers_as_often_as_it_says():
 def test_rows_that_do_not_match_are_refused():
     refused("same examples", stats.crossed, [[1., 2.]], over=[[1., 2., 3.]])
     refused("empty", stats.crossed, [])
+    refused("add up to 0", stats.crossed, [[1., 2.]], over=[[0., 0.]])
     assert stats.crossed([[2., 2.], [4., 4.]], over=[[1., 2.]]).value == pytest.approx(2)
 
 # Where a student begins
@@ -143,7 +145,9 @@ def test_the_plans_can_be_asked_of_the_store(profile):
 
 # What learners often write
 
-def soft(x, y, t, reduction="batchmean"): return F.kl_div((x / t).log_softmax(-1), (y / t).softmax(-1), reduction=reduction)
+def soft(x, y, t, reduction="batchmean"):
+    each = F.kl_div((x / t).log_softmax(-1), (y / t).softmax(-1), reduction="none")
+    return dict(batchmean=lambda: each.sum() / len(x), mean=each.mean, sum=each.sum, none=lambda: each)[reduction]()
 
 @pytest.mark.parametrize("check,wrong,says", [
     ("soft_loss", lambda x, y, t: soft(x, y, t), "T² is missing"),

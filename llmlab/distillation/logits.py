@@ -23,11 +23,11 @@ from ..kit.yardsticks import classifier, classifier_of, held_out, load_classifie
 # %% ../../nbs/05_distillation/01_logits.ipynb #d097a80b
 def budget(
     s:Settings,  # of the run
-)->dict:         # updates, seeds, texts with a label, without, and tested on (0: all); validation texts; updates of a trial
+)->dict:         # updates, seeds, texts that layers are judged by, with a label, without, tested on (0: all), of validation; updates of a trial
     "How much training a profile pays for."
-    if not s.evidence: return dict(steps=1, seeds=1, labelled=48, more=48, tests=48, validation=16, trial=1)
-    if s.effort <= 1: return dict(steps=24, seeds=1, labelled=768, more=768, tests=400, validation=128, trial=12)
-    return dict(steps=round(110 * s.effort), seeds=s.seeds, labelled=0, more=0, tests=0, validation=256, trial=146)
+    if not s.evidence: return dict(steps=1, seeds=1, judge=8, labelled=48, more=48, tests=48, validation=16, trial=1)
+    if s.effort <= 1: return dict(steps=21, seeds=1, judge=32, labelled=640, more=640, tests=320, validation=128, trial=8)
+    return dict(steps=round(110 * s.effort), seeds=s.seeds, judge=64, labelled=0, more=0, tests=0, validation=256, trial=146)
 
 # %% ../../nbs/05_distillation/01_logits.ipynb #2ceeab97
 def told_nats(
@@ -191,6 +191,7 @@ def student(
     more:str="",               # further texts without labels, as in `learning_texts`
     labelled:int=0,            # texts with a label; 0: as many as the teacher had
     unlabelled:int=0,          # texts of `more`; 0: all
+    judge:int=64,              # training texts that layers are judged by
     steps:int,                 # updates
     temperature:float=2.,
     hard:float=.2,             # share of the labels' loss
@@ -204,7 +205,7 @@ def student(
     "A student, begun somewhere and trained by labels or by a teacher."
     rows = learning_texts(teacher["task"], "train", labelled, teacher["seed"])
     valid = data.load(teacher["task"], "validation", limit=validation, seed=teacher["seed"])
-    m = begun(teacher, layers, start, cut, rows, seed, device)
+    m = begun(teacher, layers, start, cut, rows, seed, device, judge)
     x, y, ask = training.tokenized(rows, m.tokenizer), training.tokenized(valid, m.tokenizer), None
     if distil: x, ask = _lessons(m.tokenizer, teacher, {"train": labelled} | ({more: unlabelled} if more else {}), device)
     given = dict(temperature=temperature, hard=hard, batch_size=batch_size, lr=lr, group_by_length=True, seed=seed, progress=progress)
@@ -220,11 +221,12 @@ def begun(
     rows,              # labelled, to judge layers by
     seed:int=0,        # of a new head
     device:str="cpu",
+    judge:int=64,      # of the rows, the first
 )->Loaded:             # not yet trained
     "Where a student begins. Raises `UsageError` for an unknown start or cut."
     if start not in ("teacher", "base") or cut not in ("spread", "cost"): raise UsageError(f"start={start!r} is teacher or base, cut={cut!r} is spread or cost")
     whole = _teacher(teacher, device)
-    keep = layers if cut == "spread" else compression.greedy_layers(whole, layers, compression.labelled_batches(whole, rows, 64))
+    keep = layers if cut == "spread" else compression.greedy_layers(whole, layers, compression.labelled_batches(whole, rows, judge))
     if start == "base": whole = models.load(teacher["encoder"], task="classifier", labels=list(whole.model.config.id2label.values()), device=device, seed=seed)
     return models.cut_layers(whole, keep)
 
@@ -273,27 +275,28 @@ def student_of(
     "What a run asks of the store for one student."
     b = budget(s)
     if options.get("more"): options["unlabelled"] = b["more"]
-    return dict(teacher=classifier_of(s), layers=max(1, models.config(s.encoder).num_hidden_layers // 2), labelled=b["labelled"] or s.train_examples,
-        steps=b["steps"], validation=b["validation"], seed=s.seed) | options
+    half = max(1, models.config(s.encoder).num_hidden_layers // 2)
+    return dict(teacher=classifier_of(s), layers=half, labelled=b["labelled"] or s.train_examples, judge=b["judge"], steps=b["steps"], validation=b["validation"],
+        seed=s.seed) | options
 
-LESSONS = {"labels, from the base": dict(start="base", distil=False), "labels": dict(distil=False), "taught": {}, "taught, more text": dict(more=True)}
+LESSONS = {"labels from the base": dict(start="base", distil=False), "labels": dict(distil=False), "taught": {}, "taught with more text": dict(more=True)}
 
 def plan(
     s:Settings,  # of the run
 )->dict:         # (lesson, seed) → arguments of `student`
     "Every student of this notebook."
-    lessons = LESSONS if s.evidence else {"taught, more text": LESSONS["taught, more text"]}
+    lessons = LESSONS if s.evidence else {"taught with more text": LESSONS["taught with more text"]}
     source = lambda o: o | dict(more=extra_source(s)) if o.get("more") else o
     return {(name, s.seed + i): student_of(s, **source(o), seed=s.seed + i) for i in range(budget(s)["seeds"]) for name, o in lessons.items()}
 
-TRIALS = [dict(temperature=t, hard=h) for t, h in ((1., .2), (2., .2), (4., .2), (2., 0.), (2., .8))]
+TRIALS = [dict(temperature=t, hard=h) for t, h in ((2., .2), (2., .8), (8., .2), (1., .2), (4., .2), (2., 0.))]  # the first few, where time is short
 
 def sweep_of(
     s:Settings,  # of the run
 )->dict:         # arguments of `swept`
     "What a run asks of the store for its comparison of temperatures and mixes."
     given = {k: v for k, v in student_of(s).items() if k in ("teacher", "layers", "labelled", "validation", "seed")}
-    return given | dict(steps=budget(s)["trial"], trials=TRIALS if s.evidence else TRIALS[:1])
+    return given | dict(steps=budget(s)["trial"], trials=TRIALS[:len(TRIALS) if s.effort > 1 else 3 if s.evidence else 1])
 
 def recipes(
     s:Settings,  # of the run

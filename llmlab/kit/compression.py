@@ -264,6 +264,7 @@ def labelled_batches(
     "What a classifier's units are judged by."
     rows = rows.select(range(min(n, len(rows))))
     if not len(rows): raise UsageError("rows is empty: there is nothing to judge by")
+    rows = rows.select(sorted(range(len(rows)), key=lambda i: len(rows[i]["text"])))  # little padding
     made = []
     for at in range(0, len(rows), batch_size):
         part = rows.select(range(at, min(at + batch_size, len(rows))))

@@ -323,7 +323,9 @@ def crossed(
     by_row = draws.multinomial(n, [1 / n] * n, resamples)
     by_column = np.stack([np.bincount(draws.integers(m, size=m), minlength=m) for _ in range(resamples)])
     drawn = lambda z: ((by_row @ z) * by_column).sum(1)
-    low, high = np.quantile(drawn(x) / drawn(y), [(1 - level) / 2, (1 + level) / 2])
+    tops, bottoms = drawn(x), drawn(y)
+    if not y.sum() or not bottoms.any(): raise UsageError("the rows of `over` add up to 0: there is no ratio to nothing")
+    low, high = np.quantile(tops[bottoms != 0] / bottoms[bottoms != 0], [(1 - level) / 2, (1 + level) / 2])
     return Estimate(x.sum() / y.sum(), low, high, x.size, unit)
 
 # %% ../../nbs/kit/01_stats.ipynb #0a99c3b3
