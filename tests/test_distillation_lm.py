@@ -139,6 +139,7 @@ def test_the_plan_pays_alike_and_names_every_key():
         s = settings(profile)
         plan = lm.plan(s)
         tokens = {name: o["steps"] * o["batch_size"] * o["length"] for (name, _), o in plan.items() if name != lm.LONGER}
+        assert all(o["split"] == "validation" for o in lm.search(s).values()) and bool(lm.search(s)) == (profile == "thorough")
         assert len({*tokens.values()}) == 1 and plan[lm.LONGER, s.seed]["steps"] > plan["alone", s.seed]["steps"]
         assert len({store.key(r, **o) for r, o in lm.recipes(s)}) == len(lm.recipes(s))
 
