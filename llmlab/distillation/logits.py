@@ -276,8 +276,8 @@ def student_of(
     b = budget(s)
     if options.get("more"): options["unlabelled"] = b["more"]
     half = max(1, models.config(s.encoder).num_hidden_layers // 2)
-    return dict(teacher=classifier_of(s), layers=half, labelled=b["labelled"] or s.train_examples, judge=b["judge"], steps=b["steps"], validation=b["validation"],
-        seed=s.seed) | options
+    sizes = {k: b[k] for k in ("judge", "steps", "validation")}
+    return dict(teacher=classifier_of(s), layers=half, labelled=b["labelled"] or s.train_examples, seed=s.seed) | sizes | options
 
 LESSONS = {"labels from the base": dict(start="base", distil=False), "labels": dict(distil=False), "taught": {}, "taught with more text": dict(more=True)}
 
