@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['WORDS', 'TEMPLATES', 'NOTHING', 'KINDS', 'METHODS', 'RATES', 'verbalizer', 'filled', 'cloze_rows', 'Cloze', 'cloze',
            'calibrated', 'similarities', 'PromptCost', 'prompt_cost', 'SoftPrompt', 'add_prompt', 'tunable', 'in_peft',
-           'trained_parameters', 'fingerprint', 'save_prompt', 'load_prompt', 'few', 'learned_prompt', 'learned_of',
+           'trained_parameters', 'base_of', 'save_prompt', 'load_prompt', 'few', 'learned_prompt', 'learned_of',
            'ReadOnce', 'pass_work', 'over_draws', 'few_shot', 'few_shot_of', 'recipes', 'plot_few']
 
 # %% ../../nbs/02_finetuning/03_prompts.ipynb #5a7e57e0
-import copy, hashlib, json, math, warnings
+import copy, math, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..kit import compression, data, ledger, measure, metrics, models, stats, store, training, yardsticks
+from ..kit import additions, compression, data, ledger, measure, metrics, models, stats, store, training, yardsticks
 from ..kit.models import Loaded
 from ..kit.settings import Settings, UsageError, expected_error, settings, unknown
 
@@ -223,43 +223,32 @@ def trained_parameters(
     return sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
 
 # %% ../../nbs/02_finetuning/03_prompts.ipynb #b7246f58
-def fingerprint(
-    loaded:Loaded,  # a model, plain or with a soft prompt
-)->str:             # 16 hexadecimal digits, equal for equal weights
-    "A hash of all weights of the base."
-    model = loaded.model.lm if isinstance(loaded.model, (SoftPrompt, Cloze)) else loaded.model
-    if isinstance(model, SoftPrompt): model = model.lm
-    h = hashlib.sha256()
-    for _, p in sorted(model.named_parameters()): h.update(p.detach().float().cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
+def base_of(
+    loaded:Loaded,  # a model, plain or with a soft prompt, or a cloze on either
+)->Loaded:          # the language model within
+    "What a soft prompt was put before."
+    model = loaded.model
+    while isinstance(model, (SoftPrompt, Cloze)): model = model.lm
+    return replace(loaded, model=model)
 
 def save_prompt(
     loaded:Loaded,  # with a soft prompt, or a cloze on one
     folder,         # where to; made if need be
 )->Path:            # the folder
-    "The vectors, and name and fingerprint of the model that they belong to. Raises `UsageError` for a model without a soft prompt."
-    from safetensors.torch import save_file
+    "The vectors, with the name and the fingerprint of the model that they belong to. Raises `UsageError` for a model without a soft prompt."
     model = loaded.model.lm if isinstance(loaded.model, Cloze) else loaded.model
     if not isinstance(model, SoftPrompt): raise UsageError(f"{loaded.name} has no soft prompt to save")
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(prompt=model.prompt.detach().cpu().contiguous()), folder/"prompt.safetensors")
-    (folder/"prompt.json").write_text(json.dumps(dict(base=loaded.name, weights=fingerprint(loaded), n_tokens=len(model.prompt))), "utf-8")
-    return folder
+    base = base_of(loaded)
+    return additions.save(dict(prompt=model.prompt), folder, base, additions.fingerprint(base))
 
 def load_prompt(
     base:Loaded,         # the language model that the prompt was learned for; it stays as it is
     folder,              # of `save_prompt`
     check:bool=True,     # False: put it before any model of the same width
 )->Loaded:               # a copy with the prompt
-    "A saved prompt before its model. Raises `UsageError` for another model, naming both."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    folder = Path(folder).expanduser()
-    try: about, vectors = json.loads((folder/"prompt.json").read_text("utf-8")), load_file(folder/"prompt.safetensors")["prompt"]
-    except (OSError, ValueError, KeyError, SafetensorError) as e: raise UsageError(f"{folder} holds no prompt: {e}") from e
-    if check and fingerprint(base) != about["weights"]:
-        raise UsageError(f"the prompt in {folder} was learned for {about['base']}, and its weights are not those of {base.name}")
+    "A saved prompt before its model. Raises `UsageError` for another model, naming both, `Damaged` for a file that cannot be read."
+    vectors = additions.load(folder, base, additions.fingerprint(base) if check else None)[0].get("prompt")
+    if vectors is None: raise UsageError(f"{folder} holds an addition to {base.name}, and it is no prompt")
     made = add_prompt(base, len(vectors))
     if vectors.shape != made.model.prompt.shape:
         raise UsageError(f"the prompt in {folder} has vectors of {vectors.shape[1]}, and {base.name} embeds tokens in {made.model.prompt.shape[1]}")

@@ -50,7 +50,7 @@ def save(
 def load(
     folder,        # of `save`
     base:Loaded,   # what it is to be put on
-    weights:str,   # `fingerprint` of that
+    weights:str|None, # `fingerprint` of that; None: it is put on any base that has room for it
 )->tuple[dict, dict]: # name → tensor, on the CPU; what `save` was told
     "Read an addition for its base. Raises `UsageError` for another base, naming both, `Damaged` for a file that cannot be read."
     from safetensors import SafetensorError, safe_open
@@ -63,7 +63,7 @@ def load(
     except (SafetensorError, OSError, ValueError) as e:
         raise Damaged(f"{path} cannot be read: {str(e).splitlines()[0]}. Save or copy the adapter again") from e
     if "weights" not in about: raise UsageError(f"{path} holds no adapter of this course: it does not say which base it belongs to")
-    if about["weights"] != weights:
+    if weights is not None and about["weights"] != weights:
         whose = f"{about['base']} ({about['dtype']})"
         raise UsageError(f"the adapter in {folder} was trained on {whose}, and its weights are not those of {base.name} ({base.dtype})")
     return tensors, about
