@@ -380,7 +380,7 @@ def plot_watched(
     if axes is None: axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")[1]
     for i, (name, points) in enumerate(curves.items()):
         x = [p["step"] for p in points]
-        axes[0].plot(x, [p["accuracy"] for p in points], "o-", ms=3, color=f"C{i}", label=name)
+        axes[0].plot(x, [p["accuracy"] if p["step"] else 50 for p in points], "o-", ms=3, color=f"C{i}", label=name)  # before the first step all are ties
         for key, style in (("chosen", "-"), ("rejected", ":")): axes[1].plot(x, [p[key] for p in points], style, color=f"C{i}")
     axes[0].axhline(50, color="grey", ls="--", lw=1)
     axes[0].set(xlabel="step", ylabel="pairs ranked right, %"); axes[1].set(xlabel="step", ylabel="log p, nats against the reference")
