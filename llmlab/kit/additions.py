@@ -59,7 +59,7 @@ def load(
     try:
         with safe_open(path, "pt") as f:
             about = json.loads((f.metadata() or {}).get("about", "{}"))
-            tensors = {n: f.get_tensor(n) for n in f.keys()}
+            tensors = {n: f.get_tensor(n).clone() for n in f.keys()}  # the file may be written again while they live
     except (SafetensorError, OSError, ValueError) as e:
         raise Damaged(f"{path} cannot be read: {str(e).splitlines()[0]}. Save or copy the adapter again") from e
     if "weights" not in about: raise UsageError(f"{path} holds no adapter of this course: it does not say which base it belongs to")
