@@ -43,6 +43,8 @@ def test_types_and_views_survive(llama, tmp_path):
     back, about = additions.load(tmp_path/"new"/"folder", llama, "w")
     assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in given.items())
     assert about == dict(base="random:llama-tiny", dtype="float32", weights="w", size=3, names=["ä"])
+    (tmp_path/"new"/"folder"/additions.FILE).write_bytes(b"x" * 400)  # in place, not renamed
+    assert torch.equal(back["a"], given["a"]), "the tensors lie in the file"
 
 
 def test_an_interrupted_save_leaves_what_was_there(llama, tmp_path, monkeypatch):
