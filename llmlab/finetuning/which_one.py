@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor
-from . import hyperparameters, lora
+from . import adapters, hyperparameters, lora
 from ..kit import data, footprint, geometry, ledger, measure, metrics, models, pictures, stats, store, training, yardsticks
 from ..kit.compression import copied
 from ..kit.settings import Settings, UsageError, settings
@@ -92,10 +92,14 @@ def ways(
         encoded = store.build(hyperparameters.encoded, device=s.device, **vectors_of)
         return head_answers(made, hyperparameters.vectors(encoded, "test")[0])
     def with_lora(base, made): return lora.load_adapter(base, made.path)
+    adapted, given = adapters.plan(s)[f"{adapters.called(s.task)}, adapter, seed {s.seed}"]
+    def with_adapter(base, made): return adapters.load_adapter(base, made.path)
+    def bottlenecks(m): return adapters.add_adapter(m, "task", given["size"], given["placement"])[0]
     def whole(base, made): return models.load(str(made.path), task="classifier", device=s.device)
     return {
         "head only": Way(head_classifier, head, frozen, of_vectors, 1, None),
         "LoRA r=8": Way(lora.lora_classifier, lora.lora_classifier_of(s), lambda m: lora.add_lora(m)[0], by_model(with_lora), 2, "lora"),
+        "adapter": Way(adapted, given, bottlenecks, by_model(with_adapter), 2, "lora"),
         "full": Way(yardsticks.classifier, yardsticks.classifier_of(s), lambda m: m, by_model(whole), 3, "full", on_base=False),
     }
 
