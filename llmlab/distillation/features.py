@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LAYER_MAPS', 'STARTS', 'LESSONS', 'layer_map', 'hidden_loss', 'projections', 'narrowed', 'least_error',
            'attention_loss', 'eager', 'plot_maps', 'inside_bytes', 'Lesson', 'hidden_lesson', 'attention_lesson',
-           'same_tokens', 'imitating', 'started', 'study', 'studied', 'budget', 'plan', 'recipes', 'accuracy_of',
-           'gain']
+           'same_tokens', 'imitating', 'started', 'study', 'studied', 'budget', 'plan', 'recipes', 'accuracy_of']
 
 # %% ../../nbs/05_distillation/02_features.ipynb #cc94bb07
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .logits import gain
 from ..kit import data, ledger, measure, models, pictures, stats, store, training
 from ..kit.geometry import Allocations
 from ..kit.models import Loaded
@@ -384,36 +384,11 @@ def recipes(
     return [(classifier, classifier_of(s)), *plan(s).values()]
 
 # %% ../../nbs/05_distillation/02_features.ipynb #0596b0d0
-def _grid(runs):
-    import numpy as np
-    x = np.asarray(runs, dtype=float)
-    if x.ndim != 2 or 0 in x.shape: raise UsageError(f"runs must be a list for each seed of 0 and 1 for each example, got shape {x.shape}")
-    return x
-
-def _redrawn(x, unit, resamples, seed):
-    "The mean of a table (seeds, examples) with rows and columns drawn again."
-    import numpy as np
-    draw, (k, n) = np.random.default_rng(seed), x.shape
-    by_seed = draw.multinomial(k, [1 / k] * k, resamples) / k
-    by_example = draw.multinomial(n, [1 / n] * n, resamples) / n
-    low, high = np.quantile(np.einsum("rk,kn,rn->r", by_seed, x, by_example, optimize=True), (.025, .975)).round(9)
-    return Estimate(x.mean(), low, high, k * n, unit, x.mean(0))
-
 def accuracy_of(
     runs,               # for each seed, 0 or 1 for each example
     resamples:int=2000,
-    seed:int=0,         # of the resampling
 )->Estimate:            # in %
     "Accuracy over seeds and examples."
-    return _redrawn(100 * _grid(runs), "%", resamples, seed)
+    return stats.crossed([[100 * o for o in run] for run in runs], "%", resamples=resamples)
 
-def gain(
-    a,                  # for each seed, 0 or 1 for each example
-    b,                  # the same seeds and examples
-    resamples:int=2000,
-    seed:int=0,         # of the resampling
-)->Estimate:            # points
-    "How much more often `a` is right than `b`, paired over seeds and examples."
-    x, y = _grid(a), _grid(b)
-    if x.shape != y.shape: raise UsageError(f"a difference is paired over seeds and examples: got {x.shape} and {y.shape}")
-    return _redrawn(100 * (x - y), "points", resamples, seed)
+

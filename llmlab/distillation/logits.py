@@ -318,6 +318,7 @@ def gain(
     b:list,              # the same texts; the same seeds, or one row for all
     resamples:int=2000,
 )->stats.Estimate:       # points of accuracy
-    "How much more often the one is right, over seeds and texts."
-    b = b if len(b) == len(a) else b * len(a)
+    "How much more often the one is right, over seeds and texts. Raises `UsageError` for other seeds or texts."
+    b = b * len(a) if len(b) == 1 else b
+    if [*map(len, a)] != [*map(len, b)]: raise UsageError(f"a difference is paired over seeds and texts: got {len(a)} × {len(a[0])} and {len(b)} × {len(b[0])}")
     return stats.crossed([[100 * (x - y) for x, y in zip(p, q)] for p, q in zip(a, b)], "points", resamples=resamples)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from . import features
-from .features import Lesson, accuracy_of, gain, projections
+from .features import Lesson, accuracy_of, projections
+from .logits import gain
 from ..kit import data, ledger, measure, models, pictures, stats, store, training
 from ..kit.geometry import Allocations
 from ..kit.models import Loaded
