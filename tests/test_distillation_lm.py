@@ -56,7 +56,8 @@ def test_a_lump_sees_no_more_than_the_whole(seed, k, beta):
     ids, d = y.topk(k, -1).indices, lm.divergence_of(beta)
     q, p = lm.coarsened(x, ids), lm.coarsened(y, ids)
     assert_close(q.exp().sum(-1), torch.ones(5))
-    assert (d(q, p) <= d(x.log_softmax(-1), y.log_softmax(-1)) + 1e-4).all()
+    whole = d(x.log_softmax(-1), y.log_softmax(-1))
+    assert (d(q, p) <= whole * 1.001 + 1e-4).all()  # a lump of next to nothing is a difference of nearly equal numbers
 
 def test_nothing_is_left_to_the_lump_when_one_token_has_all():
     x = torch.tensor([[100., 0., 0.]], requires_grad=True)
