@@ -52,12 +52,11 @@ def test_beta_outside_is_refused(beta): refused("beta", lm.divergence_of, beta)
 @hypothesis_settings(max_examples=20, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 8), st.sampled_from([0, .5, 1]))
 def test_a_lump_sees_no_more_than_the_whole(seed, k, beta):
-    x, y = two(seed, 5, 9)
+    x, y = (o / 4 for o in two(seed, 5, 9))  # a lump below the millionth that `with_rest` leaves it is another test's
     ids, d = y.topk(k, -1).indices, lm.divergence_of(beta)
     q, p = lm.coarsened(x, ids), lm.coarsened(y, ids)
     assert_close(q.exp().sum(-1), torch.ones(5))
-    whole = d(x.log_softmax(-1), y.log_softmax(-1))
-    assert (d(q, p) <= whole * 1.001 + 1e-4).all()  # a lump of next to nothing is a difference of nearly equal numbers
+    assert (d(q, p) <= d(x.log_softmax(-1), y.log_softmax(-1)) + 1e-4).all()
 
 def test_nothing_is_left_to_the_lump_when_one_token_has_all():
     x = torch.tensor([[100., 0., 0.]], requires_grad=True)

@@ -337,7 +337,8 @@ def test_pictures(full):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     ax = full.pareto("size")
-    assert ax.get_xlabel().startswith("on disk, MB") and {t.get_text(): t.get_color() for t in ax.texts if t.get_text()} == dict(fp32="black", int8="black", pruned="#777")
+    assert ax.get_xlabel().startswith("on disk, MB")
+    assert {t.get_text(): t.get_color() for t in ax.texts if t.get_text()} == dict(fp32="black", int8="black", pruned="#777")
     fig, own = plt.subplots()
     assert full.predicted_vs_measured(own) is own and [t.get_text() for t in own.texts if t.get_text()] == ["fp32", "int8", "pruned"]
     with pytest.raises(UsageError, match="peak_memory_bytes"): full.pareto("peak")
