@@ -26,7 +26,7 @@ class Way:
     ready: Callable          # an untuned classifier → one in which only what this way trains is trained
     answers: Callable        # (untuned classifier, what was made, rows with `text`) → logits (n, classes)
     products: float          # of a training step, in those of a forward pass
-    memory: str|None         # as in `models.memory_needed`: full, lora, or None where no gradient reaches the body
+    memory: str|None         # full or lora, as `models.memory_needed` foretells them; "" where no gradient reaches the body; None: not foretold here
     on_base: bool = True     # whether what is kept needs the untuned encoder beside it
 
 def by_model(
@@ -97,9 +97,9 @@ def ways(
     def bottlenecks(m): return adapters.add_adapter(m, "task", given["size"], given["placement"])[0]
     def whole(base, made): return models.load(str(made.path), task="classifier", device=s.device)
     return {
-        "head only": Way(head_classifier, head, frozen, of_vectors, 1, None),
+        "head only": Way(head_classifier, head, frozen, of_vectors, 1, ""),
         "LoRA r=8": Way(lora.lora_classifier, lora.lora_classifier_of(s), lambda m: lora.add_lora(m)[0], by_model(with_lora), 2, "lora"),
-        "adapter": Way(adapted, given, bottlenecks, by_model(with_adapter), 2, "lora"),
+        "adapter": Way(adapted, given, bottlenecks, by_model(with_adapter), 2, None),
         "full": Way(yardsticks.classifier, yardsticks.classifier_of(s), lambda m: m, by_model(whole), 3, "full", on_base=False),
     }
 
