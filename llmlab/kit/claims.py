@@ -67,7 +67,8 @@ def judge(
     if value is None: return "failed", "there is no value"
     if kind == "speed":
         if math.isinf(value.low) and math.isinf(value.high): return "skipped", "evidence: one observation has no interval"
-        return ("failed", "the whole interval lies beyond the bound") if value.low > high or value.high < low else ("held", "")
+        if value.low > high or value.high < low: return "failed", "the whole interval lies beyond the bound"
+        return "held", "" if low <= value.value <= high else "by its interval alone: the value lies beyond the bound"
     if not low <= value.value <= high: return "failed", ""
     if low <= value.low and value.high <= high: return "held", ""
     if not strict: return "held", "by its value; the interval crosses the bound"
