@@ -50,6 +50,10 @@ def test_a_row_has_every_field_and_reads_back(book):
     assert row.metrics == dict(p99_ms=4., joules=exact(3, "J"), nothing=None)
 
 
+def test_a_folder_of_this_machine_is_no_name(book, tmp_path):
+    assert book.row("a", model=str(tmp_path/"store"/"early-1")).model == "early-1" and book.row("b", model="hub:a/b").model == "hub:a/b"
+
+
 def test_a_row_written_twice_replaces_itself(book):
     book.row("fp32", workload=WORK, size_bytes=1); book.row("int8", workload=WORK, size_bytes=2)
     again = book.row("fp32", workload=Workload(**WORK), size_bytes=3)

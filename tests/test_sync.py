@@ -73,6 +73,12 @@ def test_no_machine_path():
         assert not found, f"{f.relative_to(TOP)} names {found}"
 
 
+def test_published_rows_name_models_and_not_folders():
+    published = [f for f in repository() if f.name == "rows.jsonl" and "results" in f.parts]
+    models = [json.loads(line).get("model") for f in published for line in f.read_text("utf-8").splitlines()]
+    assert models and not [m for m in models if m and Path(m).is_absolute()]
+
+
 def test_nothing_is_loaded_from_elsewhere():
     for f in repository():
         if f.suffix not in TEXT or f == Path(__file__) or "locks" in f.parts: continue

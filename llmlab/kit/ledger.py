@@ -264,6 +264,7 @@ class Book:
         for name in figures:
             if name not in known: raise unknown("figure", name, known)
         model, weights = model or getattr(loaded, "name", None), weights or getattr(loaded, "weights", None)
+        if model and Path(model).is_absolute(): model = Path(model).name  # a ledger is read elsewhere
         work = _workload(workload)
         if work.threads is None: work = replace(work, threads=self._about["hardware"].get("threads"))
         _check_row(variant, weights, quality, status, reason)
