@@ -240,7 +240,7 @@ def _put(loaded, tensors, about, task):
 PLACEMENT, SIZE, RATE, EPOCHS = "pfeiffer", 32, 3e-3, 2.  # chosen on validation data, as shown below
 TRIES = (("pfeiffer", 32, 2e-4), ("pfeiffer", 32, 3e-3), ("houlsby", 32, 3e-3))  # what a short run tries of it
 
-@store.recipe(version=1, uses=("torch", "transformers", training.fit, training.tokenized, additions.save))
+@store.recipe(version=1, uses=("torch", "transformers", training.fit, training.tokenized, yardsticks.tuned_on, additions.save))
 def adapted(
     folder:Path,           # where the store wants the files
     *, encoder:str,        # as in `models.load`
@@ -257,18 +257,16 @@ def adapted(
     progress:bool=False,   # show the library's bar
 )->dict:                   # validation accuracy, parameters trained, seconds, peak memory, the base's fingerprint before and after
     "An adapter for a task on a frozen encoder."
-    rows = {split: data.load(task, split, limit=examples, seed=seed) for split in ("train", "validation")}
-    names = rows["train"].features["label"].names
-    m = models.load(encoder, task="classifier", labels=names, device=device, seed=seed)
-    before = base_fingerprint(m)
-    ready, _ = add_adapter(m, called(task), size, placement, seed=seed)
-    given = dict(epochs=epochs, lr=lr, precision="bfloat16", group_by_length=True, seed=seed, in_place=True, progress=progress)
-    done = training.fit(ready, training.tokenized(rows["train"], m.tokenizer), **given)
+    before = []
+    def ready(m):
+        before.append(base_fingerprint(m))
+        return add_adapter(m, called(task), size, placement, seed=seed)[0]
+    done = yardsticks.tuned_on(task, encoder, ready, examples=examples, epochs=epochs, lr=lr, seed=seed, device=device, progress=progress)
     done.loaded.model.__dict__.pop("forward", None)  # autocast, left behind by the trainer
     save_adapter(done.loaded, folder)
-    right = yardsticks.classified(done.loaded, rows["validation"])
-    return dict(validation=list(right.samples), trained=sum(p.numel() for p in ready.model.bank.tasks[called(task)].parameters()), seconds=done.seconds,
-        peak=done.peak_memory_bytes, before=before, after=base_fingerprint(done.loaded), curve=list(done.curve))
+    right = yardsticks.classified(done.loaded, data.load(task, "validation", limit=examples, seed=seed))
+    return dict(validation=list(right.samples), trained=sum(p.numel() for p in done.loaded.model.bank.tasks[called(task)].parameters()), seconds=done.seconds,
+        peak=done.peak_memory_bytes, before=before[0], after=base_fingerprint(done.loaded), curve=list(done.curve))
 
 def called(
     task:str,  # as in `data.load`
