@@ -15,7 +15,7 @@ from ..kit.models import Loaded
 from ..kit.settings import Settings, UsageError, settings
 from ..kit.stats import Estimate
 from ..kit.yardsticks import classified, classifier, classifier_of, encode_call, load_classifier, predictions
-from .logits import budget, extra_source, gain, logits_of, rights, student, student_of, teacher_logits
+from .logits import budget, extra_source, gain, lessons_of, logits_of, rights, student, student_of, teacher_logits
 
 # %% ../../nbs/05_distillation/05_result.ipynb #7e7a31ab
 def by_depth(
@@ -35,11 +35,12 @@ def by_depth(
 # %% ../../nbs/05_distillation/05_result.ipynb #da62e7ab
 def plan(
     s:Settings,  # of the run
-)->dict:         # (which layers, seed) → arguments of `student`
-    "The students to choose from: the last lesson of `logits`, and the same begun from layers chosen by cost."
-    more = dict(more=extra_source(s))
-    kinds = ("spread", "cost") if s.evidence else ("spread",)
-    return {(cut, s.seed + i): student_of(s, **more, cut=cut, seed=s.seed + i) for i in range(budget(s)["seeds"]) for cut in kinds}
+)->dict:         # (student, seed) → arguments of `student`
+    "The students to choose from: two lessons of `logits`, and one begun from layers chosen by cost."
+    lessons = lessons_of(s)
+    kinds = {"spread evenly, more text": lessons["taught with more text"]}
+    if "taught" in lessons: kinds = {"layers spread evenly": lessons["taught"], "layers by cost": lessons["taught"] | dict(cut="cost")} | kinds
+    return {(kind, s.seed + i): student_of(s, **o, seed=s.seed + i) for i in range(budget(s)["seeds"]) for kind, o in kinds.items()}
 
 def recipes(
     s:Settings,  # of the run
