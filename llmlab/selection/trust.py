@@ -576,5 +576,5 @@ def plot_attributions(
     for i, (name, o) in enumerate(scores.items()):
         ax.bar(np.arange(len(o)) + .4 * (i - (len(scores) - 1) / 2), o.cpu().numpy(), .38, label=name)
     ax.set(xticks=range(len(e.tokens)), ylabel=e.what); ax.set_xticklabels([t.replace("$", r"\$") for t in e.tokens], rotation=60, ha="right")
-    ax.axhline(0, color="grey", lw=.7); ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
+    ax.axhline(0, color="grey", lw=.7); ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1)); ax.spines[["top", "right"]].set_visible(False)
     return ax
