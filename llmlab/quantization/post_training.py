@@ -333,7 +333,7 @@ def plot_lost(
     for name, e in lost.items():
         ax.plot([foretold[name]] * 2, [max(e.low, floor), max(e.high, floor)], color="C0", lw=2)
         ax.plot(foretold[name], max(e.value, floor), "o", color="C0")
-    ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, ylabel="lost, measured",
+    ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, ylabel="lost, measured, bits a byte",
            xlabel="lost, foretold from the squared error of the weights, bits a byte")
     label_points(ax, [(name, foretold[name], max(e.value, floor), "black") for name, e in lost.items()])
     ax.spines[["top", "right"]].set_visible(False)
