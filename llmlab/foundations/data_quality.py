@@ -288,12 +288,14 @@ def boundaries(
     return set(np.cumsum([len(w) for w in words])[:-1].tolist())
 
 def boundary_f1(
-    found,          # segmentations
-    truth,          # the right ones
-)->float:
-    "F1 of the boundaries, over all texts."
-    pairs = [(boundaries(a), boundaries(b)) for a, b in zip(found, truth)]
-    return 2 * sum(len(a & b) for a, b in pairs) / max(1, sum(len(a) + len(b) for a, b in pairs))
+    found,              # segmentations of n texts
+    truth,              # the right ones
+    resamples:int=2000, # of the interval
+)->stats.Estimate:
+    "F1 of the boundaries, over all texts, resampled by text."
+    pairs = [(boundaries(a), boundaries(b)) for a, b in zip(found, truth, strict=True)]
+    rows = [(2 * len(a & b), len(a) + len(b)) for a, b in pairs]
+    return stats.estimate(rows, "", lambda x: x[:, 0].sum() / max(1, x[:, 1].sum()), resamples=resamples)
 
 # %% ../../nbs/00_foundations/05_data_quality.ipynb #eed4906f
 def right_answers(
@@ -305,7 +307,7 @@ def right_answers(
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     vectorizer = TfidfVectorizer(**dict(ngram_range=(1, 2), sublinear_tf=True) | options)
-    model = LogisticRegression(C=10, max_iter=200, tol=1e-3).fit(vectorizer.fit_transform(train[0]), train[1])
+    model = data.fitted(LogisticRegression(C=10, max_iter=200, tol=1e-3), vectorizer.fit_transform(train[0]), train[1])
     return (model.predict(vectorizer.transform(test[0])) == np.asarray(test[1])).astype(float)
 
 # %% ../../nbs/00_foundations/05_data_quality.ipynb #0ab85146

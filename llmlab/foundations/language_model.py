@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sequence_nats', 'text_ids', 'unigram_nats', 'grams', 'NGram', 'fit_ngram', 'compressed_bits', 'small_lm', 'Curve',
-           'windows_of', 'window_loss', 'train_lm', 'plot_learning', 'plot_overfitting', 'choice', 'repeated', 'recipe']
+           'windows_of', 'window_losses', 'window_loss', 'train_lm', 'plot_learning', 'plot_overfitting', 'choice',
+           'repeated', 'recipe']
 
 # %% ../../nbs/00_foundations/03_language_model.ipynb #3a1077c1
 import copy, gzip, lzma, math
@@ -154,14 +155,22 @@ def windows_of(
     if len(ids) < width: raise UsageError(f"{len(ids)} tokens do not fill one window of {width}: take more text or a shorter window")
     return torch.tensor(ids[:len(ids) // width * width]).view(-1, width)
 
+def window_losses(
+    model,           # a causal model of the transformers library
+    windows:Tensor,  # (n, width)
+)->list[float]:      # n, nats a token
+    "Mean loss of each window, without learning from it."
+    model.eval()
+    with torch.inference_mode():
+        logits = ((x, model(input_ids=x).logits[:, :-1].float()) for x in windows.split(32))
+        return [v for x, o in logits for v in torch.nn.functional.cross_entropy(o.mT, x[:, 1:].long(), reduction="none").mean(1).tolist()]
+
 def window_loss(
     model,           # a causal model of the transformers library
     windows:Tensor,  # (n, width)
 )->float:            # nats a token
     "Mean loss over windows, without learning from them."
-    model.eval()
-    with torch.inference_mode(): losses = [model(input_ids=x, labels=x).loss.item() * len(x) for x in windows.split(32)]
-    return sum(losses) / len(windows)
+    return float(np.mean(window_losses(model, windows)))
 
 def train_lm(
     model,             # a causal model of the transformers library; changed

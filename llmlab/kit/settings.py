@@ -173,6 +173,13 @@ class Settings:
     out_dir: Path = _setting(Path, "where this notebook writes its rows, claims and files")
     sources: dict = field(repr=False, compare=False)
 
+    def sized(self,
+        n:int,        # under tiny
+        least:int=1,  # under any profile
+    )->int:           # n times the effort, or a fifth of n where nothing is to be shown
+        "How many examples to take of something that is scored and not timed."
+        return max(least, round(n * (self.effort if self.evidence else .2)))
+
     def _rows(self): return [(f.name, getattr(self, f.name), self.sources[f.name], f.metadata["help"]) for f in fields(self) if f.name != "sources"]
     def __str__(self): return "\n".join(f"{n:15} {_plain(v):32} {w:18} {h}" for n, v, w, h in self._rows())
     __repr__ = __str__

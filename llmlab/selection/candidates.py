@@ -67,7 +67,7 @@ def fit_best(
     from sklearn.exceptions import ConvergenceWarning
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = [make(c).fit(*train) for c in grid]
+        fitted = [data.fitted(make(c), *train) for c in grid]
     return max(fitted, key=lambda f: f.score(*validation))
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #8c12dd09
@@ -79,9 +79,10 @@ def tfidf(
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
-    make = lambda c: make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2), LogisticRegression(C=c, max_iter=500))
-    fitted = fit_best(make, train, validation, grid=(1., 10., 100.))
-    words, head = fitted[0], fitted[1]
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+    counted = words.fit_transform(train[0]), words.transform(validation[0])
+    head = fit_best(lambda c: LogisticRegression(C=c, max_iter=500), (counted[0], train[1]), (counted[1], validation[1]), grid=(1., 10., 100.))
+    fitted = make_pipeline(words, head)
     held = head.coef_.nbytes + words.idf_.nbytes + sum(map(sys.getsizeof, words.vocabulary_)) + sys.getsizeof(words.vocabulary_)
     return Candidate("tfidf", fitted.predict, size_bytes=len(pickle.dumps(fitted)), memory_bytes=held)
 
@@ -169,7 +170,10 @@ def probe(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    head = fit_best(lambda c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=200)), train, validation, grid=(.003, .03, .3))
+    scale = StandardScaler().fit(train[0])
+    line = fit_best(lambda c: LogisticRegression(C=c, max_iter=200), (scale.transform(train[0]), train[1]), (scale.transform(validation[0]), validation[1]),
+                    grid=(.003, .03, .3))
+    head = make_pipeline(scale, line)
     predict = lambda texts: head.predict(models.encode(loaded, texts, pool=pool, batch_size=len(texts)).float().cpu().numpy())
     extra = len(pickle.dumps(head))
     return Candidate(name, predict, models.size_on_disk(loaded) + extra, models.bytes_in_memory(loaded.model) + extra, loaded, head)

@@ -254,7 +254,7 @@ def few_words(
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
-    return make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10., max_iter=500)).fit(texts, y).predict
+    return data.fitted(make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10., max_iter=500)), texts, y).predict
 
 # %% ../../nbs/01_selection/04_prompting.ipynb #8732d7ed
 def plot_shots(

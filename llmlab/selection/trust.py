@@ -11,7 +11,7 @@ __all__ = ['SYNONYMS', 'SHORT', 'STATIONS', 'WOMEN', 'MEN', 'NAMED', 'ENDINGS', 
            'Explained', 'label_output', 'next_output', 'gap', 'Coloured', 'plot_attributions']
 
 # %% ../../nbs/01_selection/05_trust.ipynb #fc3cf024
-import html, math, random, re
+import copy, html, math, os, random, re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -210,19 +210,22 @@ def secret_nats(
     loaded:models.Loaded,  # a causal language model
     canary:Canary,
 )->Tensor:                 # (10,) * length: negative log-likelihood of every secret after the prefix, in nats
-    "Score all secrets of a canary's kind: one pass over the prefixes that they share, the last digit read off the distribution."
+    "Score all secrets of a canary's kind, digit by digit: a beginning that several share is read once, and the last digit is read off the distribution."
     ids = loaded.tokenizer(canary.prefix, add_special_tokens=False)["input_ids"]
-    digits = torch.tensor([loaded.tokenizer(p, add_special_tokens=False)["input_ids"][0] for p in canary.digits], device=loaded.device)
-    bos, n = loaded.tokenizer.bos_token_id, len(canary.secret)
+    digits = torch.tensor(_digit_ids(loaded.tokenizer, canary), device=loaded.device)
+    bos = loaded.tokenizer.bos_token_id
     head = torch.tensor([*([bos] if bos is not None else []), *ids], device=loaded.device)
-    begun = torch.cartesian_prod(*[digits] * (n - 1)).view(-1, n - 1)
+    nats = torch.zeros(1, device=loaded.device)
     with torch.inference_mode():
-        first = loaded.model(input_ids=head[None], use_cache=True)
-        first.past_key_values.batch_repeat_interleave(len(begun))
-        rest = loaded.model(input_ids=begun, past_key_values=first.past_key_values).logits
-        logp = torch.cat([first.logits[:, -1:].expand(len(begun), -1, -1), rest], 1).float().log_softmax(-1)
-    steps = [logp[:, i].gather(1, begun[:, i:i + 1]) for i in range(n - 1)]
-    return -(sum(steps) + logp[:, -1][:, digits]).view((10,) * n).cpu()
+        out = loaded.model(input_ids=head[None], use_cache=True)
+        for i in range(len(canary.secret)):
+            if i:
+                out.past_key_values.batch_repeat_interleave(10)  # each beginning, with each of the ten digits after it
+                out = loaded.model(input_ids=digits.repeat(10 ** (i - 1))[:, None], past_key_values=out.past_key_values, use_cache=True)
+            nats = (nats[:, None] - out.logits[:, -1].float().log_softmax(-1)[:, digits]).flatten()
+    return nats.view((10,) * len(canary.secret)).cpu()
+
+def _digit_ids(tokenizer, canary): return [tokenizer(p, add_special_tokens=False)["input_ids"][0] for p in canary.digits]
 
 def exposure(
     nats:Tensor,    # of every secret, any shape
@@ -238,10 +241,12 @@ def extracted(
     "Whether the model, going on greedily from the prefix, gives the secret away word for word."
     x = loaded.tokenizer(canary.prefix, return_tensors="pt", add_special_tokens=False)["input_ids"].to(loaded.device)
     if loaded.tokenizer.bos_token_id is not None: x = torch.cat([x.new_tensor([[loaded.tokenizer.bos_token_id]]), x], 1)
+    digits = _digit_ids(loaded.tokenizer, canary)
     with torch.inference_mode():
-        for _ in canary.secret:
+        for i in canary.secret:
             x = torch.cat([x, loaded.model(input_ids=x, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return loaded.tokenizer.decode(x[0, -len(canary.secret):]) == "".join(canary.digits[i] for i in canary.secret)
+            if x[0, -1] != digits[i]: return False
+    return True
 
 # %% ../../nbs/01_selection/05_trust.ipynb #180acaff
 def chance_exposure(
@@ -355,15 +360,20 @@ def replies(
     tokens:int=4,          # of a reply
     batch_size:int=16,
 )->tuple[list, np.ndarray]: # the first word of each reply; (n,) nats: the log-likelihood that it begins with the first token of the word
-    "Go on greedily from each prompt, and read off the first step how near the wanted word was. Of equal prompts one is asked."
+    "Go on greedily from each prompt, and read off the first step how near the wanted word was. Of equal prompts one is asked, and what all begin with is read once."
     one = list(dict.fromkeys(prompts))
     ids = dict(zip(one, _plain(loaded, one)))
     one.sort(key=lambda p: len(ids[p]))  # near lengths together: less padding
+    front = min(len(os.path.commonprefix(list(ids.values()))), len(ids[one[0]]) - 1)
+    begun = torch.tensor([ids[one[0]][:front]], dtype=torch.long, device=loaded.device)
+    known = next_logits(loaded.model, begun, torch.ones_like(begun))[1] if front else None
     said, first = {}, {}
     for i in range(0, len(one), batch_size):
         rows = one[i:i + batch_size]
-        x, mask = left_padded([ids[p] for p in rows], device=loaded.device)
-        (logits, cache), made = next_logits(loaded.model, x, mask), []
+        x, mask = left_padded([ids[p][front:] for p in rows], device=loaded.device)
+        cache, mask = copy.deepcopy(known), torch.cat([torch.ones_like(begun).expand(len(rows), -1), mask], 1)
+        if cache is not None: cache.batch_repeat_interleave(len(rows))
+        (logits, cache), made = next_logits(loaded.model, x, mask, cache), []
         first |= dict(zip(rows, logits.log_softmax(-1).cpu()))
         while True:
             made.append(logits.argmax(-1, keepdim=True))
