@@ -354,7 +354,7 @@ def budget(
 )->dict:         # updates, examples judged, seeds
     "How much training a profile pays for."
     if not s.evidence: return dict(steps=1, judged=32, seeds=1)
-    return dict(steps=max(1, round(24 * s.effort)), judged=1000 if s.effort > 1 else 320, seeds=s.seeds)
+    return dict(steps=max(1, round((24 if s.effort > 1 else 16) * s.effort)), judged=1000 if s.effort > 1 else 320, seeds=s.seeds)
 
 def plan(
     s:Settings,  # of the run
@@ -364,8 +364,8 @@ def plan(
     spread, last = (list(layer_map(n // 2, n, how)) for how in ("spread", "last"))
     alike = dict(teacher=classifier_of(s), steps=b["steps"], judged=b["judged"])
     cells = [(start, lesson) for start in ("base", "teacher") for lesson in ("labels", "hidden")]
-    more = [("base", "attention"), ("narrow", "labels"), ("narrow", "hidden")] if s.evidence else [("narrow", "hidden")]
-    if s.effort > 1: more.insert(0, ("base", "logits"))
+    more = [("base", "attention")] if s.evidence else []
+    if s.effort > 1: more = [("base", "logits"), *more, ("narrow", "labels"), ("narrow", "hidden")]
     made = {}
     for i in range(b["seeds"]):
         for start, lesson in cells + more:

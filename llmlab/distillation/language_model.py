@@ -519,6 +519,7 @@ def plan(
     begin = dict(student=student, edition=alike["editions"][1], **{o: alike[o] for o in ("corpus", "made_from", "length")}, steps=b["early"], seed=s.seed)
     learns = LEARNS | {LONGER: dict(method="alone", steps=round(b["steps"] * operations(s)))}
     if not s.evidence: learns = {k: learns[k] for k in ("alone", "forward KL", LONGER)}
+    elif s.effort <= 1: learns.pop("JSD, β = 0.5")  # between the other two; its cost is measured all the same
     learns = {k: o | (dict(begin=begin, lr=RATES[o["method"]]) if student else GENTLE) for k, o in learns.items()}  # half of a finished teacher is not early
     writes = {k: o | GENTLE for k, o in WRITES.items() if s.effort > 1 or s.evidence and o != WRITES["finished, reverse KL"]}
     return {(name, s.seed + i): alike | o | dict(seed=s.seed + i) for i in range(b["seeds"]) for name, o in (learns | writes).items() if not i or name in OFTEN}

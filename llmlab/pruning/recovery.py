@@ -80,7 +80,7 @@ def budget(
 )->dict:         # steps of the classifier, of the language model, of one rung of the search; seeds; examples tested, 0 for all
     "How much training a profile pays for."
     if not s.evidence: return dict(steps=1, lm_steps=2, rung=1, seeds=1, tested=32)
-    if s.resamples < 10_000: return dict(steps=24, lm_steps=32, rung=4, seeds=1, tested=480)
+    if s.resamples < 10_000: return dict(steps=18, lm_steps=24, rung=3, seeds=1, tested=240)
     return dict(steps=264, lm_steps=400, rung=16, seeds=3, tested=0)
 
 # %% ../../nbs/04_pruning/04_recovery.ipynb #59c611c9
@@ -195,7 +195,7 @@ def plan(
 )->dict:         # name → (recipe, arguments)
     "Every training of this notebook."
     b, config = budget(s), models.config(s.encoder)
-    n, alike = config.num_hidden_layers, dict(teacher=classifier_of(s), steps=b["steps"], validation=128 if s.evidence else 16,
+    n, alike = config.num_hidden_layers, dict(teacher=classifier_of(s), steps=b["steps"], validation=128 if s.effort > 1 else 64 if s.evidence else 16,
         judge=64 if b["seeds"] > 1 else 32 if s.evidence else 4)
     text = dict(lm=s.lm, edition=models.edition(s.lm), corpus=s.corpus, made_from=data.origin(s.corpus), steps=b["lm_steps"], seed=s.seed,
         judge=8 if s.evidence else 1, layers=max(1, models.config(s.lm, "causal-lm").num_hidden_layers // 2))
