@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLACEMENTS', 'BASE', 'PLACEMENT', 'SIZE', 'RATE', 'EPOCHS', 'TRIES', 'bottleneck_parameters', 'Bottleneck', 'sites',
            'Bank', 'Detour', 'use', 'add_adapter', 'with_adapters', 'kept_values', 'pass_speedup', 'base_fingerprint',
-           'save_adapter', 'load_adapter', 'adapted', 'called', 'two_tasks', 'unfrozen', 'plan', 'recipes',
-           'plot_tasks', 'plot_witness']
+           'save_adapter', 'load_adapter', 'adapted', 'called', 'two_tasks', 'unfrozen', 'adapter_answers', 'tests_of',
+           'plan', 'recipes', 'asked_of', 'plot_tasks', 'plot_witness']
 
 # %% ../../nbs/02_finetuning/02_adapters.ipynb #2d9ed8ce
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .full import answered, full_answers, test_answers
 from ..kit import additions, compression, data, geometry, ledger, measure, models, stats, store, training, yardsticks
 from ..kit.compression import Change, Changes
 from ..kit.models import Loaded
@@ -313,13 +314,33 @@ def unfrozen(
     training.fit(two, training.tokenized(rows, base.tokenizer), **given)
     return dict(steps=list(asked), right=list(asked.values()), trained=trained, of=two.n_parameters, before=base_fingerprint(base), after=base_fingerprint(two))
 
+@store.recipe(version=1, uses=("torch", "transformers", adapted, yardsticks.predictions))
+def adapter_answers(
+    folder:Path,     # where the store wants the files: there are none
+    *, tuned:dict,   # arguments of `adapted`
+    texts:int=0,     # of the test split, 0 for all
+    seed:int=0,      # of their draw
+    device:str="cpu",
+)->dict:             # as `full.test_answers` gives it
+    "The test texts of a task, asked of its adapter on the base."
+    made, labels = store.build(adapted, device=device, **tuned), data.load(tuned["task"], "test", limit=1).features["label"].names
+    base = models.load(tuned["encoder"], task="classifier", labels=labels, device=device, seed=tuned["seed"])
+    return test_answers(load_adapter(base, made.path), tuned["task"], texts, seed)
+
+def tests_of(
+    s:Settings,  # of the run
+)->dict:         # task → arguments of `test_answers`
+    "How many test texts a task is judged by. The other task has more and longer ones than a short run can ask."
+    first, second = two_tasks(s)
+    return {first: dict(texts=s.test_examples, seed=s.seed), second: dict(texts=s.test_examples or (0 if s.effort > 1 else 600), seed=s.seed)}
+
 def plan(
     s:Settings,  # of the run
 )->dict:         # name → (recipe, arguments)
     "Every training of this notebook."
     first, second = two_tasks(s)
     long, base = s.effort > 1, dict(encoder=s.encoder, edition=models.edition(s.encoder))
-    few = {first: s.train_examples, second: 4000 if long else 1200} if s.evidence else dict.fromkeys((first, second), 32)
+    few = {first: s.train_examples, second: 4000 if long else 800} if s.evidence else dict.fromkeys((first, second), 32)
     on = {t: base | dict(task=t, made_from=data.origin(t), examples=n) for t, n in few.items()}
     each, made = dict(epochs=(3. if long else EPOCHS) if s.evidence else 1., placement=PLACEMENT, size=SIZE, lr=RATE), {}
     for i in range(s.seed, s.seed + min(s.seeds, 3)):
@@ -327,17 +348,24 @@ def plan(
             full = yardsticks.classifier_of(s) | ({} if t == first else on[t]) | dict(seed=i)
             made |= {f"{called(t)}, full, seed {i}": (yardsticks.classifier, full), f"{called(t)}, adapter, seed {i}": (adapted, on[t] | each | dict(seed=i))}
     tries = [(p, n, r) for p in PLACEMENTS for n in (8, 32, 128) for r in (1e-3, 3e-3, 1e-2)] if long else TRIES[:None if s.evidence else 1]
-    short = dict(examples=1600 if long else 960, epochs=1.) if s.evidence else dict(examples=32, epochs=1.)
+    short = dict(examples=1600 if long else 640, epochs=1.) if s.evidence else dict(examples=32, epochs=1.)
     made |= {f"try {p}, {n}, {r:g}": (adapted, on[first] | short | dict(placement=p, size=n, lr=r, seed=s.seed)) for p, n, r in tries}
     one, two = (made[f"{called(t)}, adapter, seed {s.seed}"][1] for t in few)
-    asked = (dict(steps=120, points=6) if long else {}) if s.evidence else dict(steps=1, points=1, judges=16)
+    asked = (dict(steps=120, points=6) if long else dict(points=2, judges=200)) if s.evidence else dict(steps=1, points=1, judges=16)
     return made | {"base not frozen": (unfrozen, dict(first=one, second=two, seed=s.seed) | asked)}
 
 def recipes(
     s:Settings,  # of the run
 )->list:         # (recipe, arguments)
-    "What `llmlab run` makes before it executes this notebook."
-    return [*plan(s).values()]
+    "What `llmlab run` makes before it executes this notebook: last the answers, which need the trainings."
+    return [*plan(s).values(), *asked_of(s).values()]
+
+def asked_of(
+    s:Settings,  # of the run
+)->dict:         # name of a training of `plan` → (recipe, arguments)
+    "Who answers the test texts: every tuned model, each once."
+    ask = {yardsticks.classifier.name: full_answers, adapted.name: adapter_answers}
+    return {name: (ask[recipe.name], dict(tuned=o) | tests_of(s)[o["task"]]) for name, (recipe, o) in plan(s).items() if ", seed " in name}
 
 # %% ../../nbs/02_finetuning/02_adapters.ipynb #9701478e
 def plot_tasks(

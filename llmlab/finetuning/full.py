@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'recipe', 'linear_rate', 'train_by_hand', 'batches_of', 'multiplied', 'forecast_rate', 'step_call',
-           'plot_rates', 'short_training', 'killed_training', 'events']
+           'plot_rates', 'test_answers', 'full_answers', 'answered', 'recipes', 'short_training', 'killed_training',
+           'events']
 
 # %% ../../nbs/02_finetuning/01_full.ipynb #c5d22e6f
 import math, os, signal, subprocess, sys, time
@@ -140,6 +141,41 @@ def plot_rates(
     ax.set(xscale="log", xlabel="examples a second"); ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
     return ax
+
+# %% ../../nbs/02_finetuning/01_full.ipynb #afe92e1c
+def test_answers(
+    loaded:Loaded,  # a tuned classifier
+    task:str,       # as in `data.load`
+    texts:int=0,    # of the test split, 0 for all
+    seed:int=0,     # of their draw
+)->dict:            # the class that it gives to each
+    "What a classifier says of the test texts, as notes of a recipe."
+    return dict(answers=yardsticks.predictions(loaded, data.load(task, "test", limit=texts, seed=seed)["text"]).argmax(1).tolist())
+
+@store.recipe(version=1, uses=("torch", "transformers", yardsticks.classifier, yardsticks.predictions))
+def full_answers(
+    folder:Path,     # where the store wants the files: there are none
+    *, tuned:dict,   # arguments of `yardsticks.classifier`
+    texts:int=0,     # of the test split, 0 for all
+    seed:int=0,      # of their draw
+    device:str="cpu",
+)->dict:             # as `test_answers` gives it
+    "The test texts, asked of a fully tuned encoder."
+    made = store.build(yardsticks.classifier, device=device, **tuned)
+    return test_answers(models.load(str(made.path), task="classifier", device=device), tuned["task"], texts, seed)
+
+def answered(
+    made,   # an artefact with answers
+    rows,   # the same test texts, with `label`
+)->stats.Estimate: # accuracy in %, one observation a text
+    "How often kept answers are right. Raises `UsageError` for another number of texts."
+    return metrics.accuracy(made.notes["answers"], list(rows["label"]))
+
+def recipes(
+    s:Settings,  # of the run
+)->list:         # (recipe, arguments)
+    "What `llmlab run` makes before it executes this notebook. The answers would wait for it, so later notebooks list them."
+    return yardsticks.recipes(s)
 
 # %% ../../nbs/02_finetuning/01_full.ipynb #f5f56097
 def short_training(

@@ -527,7 +527,7 @@ def searched_of(
     s:Settings,  # of the run
 )->dict:         # arguments of `searched`
     "What a run asks of the store for the search with the whole encoder."
-    size = dict(longest=4, shortest=2, judges=16, budget=8) if not s.evidence else dict(longest=96, shortest=24, judges=128, budget=384)
+    size = dict(longest=4, shortest=2, judges=16, budget=8) if not s.evidence else dict(longest=48, shortest=12, judges=128, budget=192)
     if s.effort > 1: size = dict(longest=256, shortest=64, judges=384, budget=2048, seeds=3)
     return dict(encoder=s.encoder, edition=models.edition(s.encoder), task=s.task, made_from=data.origin(s.task), examples=s.train_examples, seed=s.seed) | size
 

@@ -355,7 +355,7 @@ def trials(
     s:Settings,  # of the run
 )->tuple:        # of `TRIALS`
     "How many a profile pays for."
-    return TRIALS if s.effort > 1 else (TRIALS[0], *TRIALS[2:]) if s.evidence else TRIALS[1:2]
+    return TRIALS if s.effort > 1 else (TRIALS[0], *TRIALS[3:]) if s.evidence else TRIALS[1:2]
 
 def trial_name(
     beta:float,

@@ -429,7 +429,7 @@ def few_shot_of(
     if not s.evidence:
         return base | dict(sizes=[2], draws=1, rates=list(RATES[method][:1 + (method == "full")]), rate_size=2, least=1, epochs=.1, judges=8, tests=16)
     sizes = ([4, 16, 64, 256] if whole else [4, 16]) if compared else [16]
-    more = dict(least=round(24 * s.effort), epochs=2., tests=s.test_examples) if whole else dict(tests=s.test_examples or 192)
+    more = dict(least=round(24 * s.effort), epochs=2., tests=s.test_examples) if whole else dict(epochs=2., tests=s.test_examples or 192)
     return base | dict(sizes=sizes, draws=max(2, s.seeds) if compared or whole else 1, rates=list(RATES[method][:3 if whole else 1]), rate_size=16) | more
 
 def recipes(
