@@ -360,7 +360,7 @@ def replies(
     tokens:int=4,          # of a reply
     batch_size:int=16,
 )->tuple[list, np.ndarray]: # the first word of each reply; (n,) nats: the log-likelihood that it begins with the first token of the word
-    "Go on greedily from each prompt, and read off the first step how near the wanted word was. Of equal prompts one is asked, and what all begin with is read once."
+    "Go on greedily, and read off the first step how near the wanted word was. Of equal prompts one is asked, and what all begin with is read once."
     one = list(dict.fromkeys(prompts))
     ids = dict(zip(one, _plain(loaded, one)))
     one.sort(key=lambda p: len(ids[p]))  # near lengths together: less padding
