@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'RATES', 'lora_parameters', 'attention_of', 'LoraLinear', 'add_lora', 'merge_lora', 'unmerge_lora',
-           'lora_fit', 'fit_of', 'plot_rates', 'at_best_rate', 'variants', 'plot_parameters', 'save_adapter',
-           'load_adapter', 'lora_classifier', 'lora_classifier_of', 'lora_answers', 'answers_of', 'recipes', 'qlora']
+           'lora_fit', 'untuned', 'untuned_of', 'fit_of', 'plot_rates', 'at_best_rate', 'variants', 'plot_parameters',
+           'save_adapter', 'load_adapter', 'lora_classifier', 'lora_classifier_of', 'lora_answers', 'answers_of',
+           'recipes', 'qlora']
 
 # %% ../../nbs/02_finetuning/04_lora.ipynb #3f8f5220
 import math
@@ -154,6 +155,28 @@ def _variant(m, method, r, alpha, names):
         ia3=lambda: peft.IA3Config(target_modules=keys + down, feedforward_modules=down))
     if method not in configs: raise unknown("method", method, ["full", "lora", *configs])
     return replace(m, model=peft.get_peft_model(compression.copied(m).model, configs[method]()))
+
+@store.recipe(version=1, uses=("torch", "transformers", metrics.lm_nats))
+def untuned(
+    folder:Path,          # where the store wants the files: there are none
+    *, lm:str,            # as in `models.load`
+    edition:str,          # of the model, as `models.edition` says
+    domain:str,           # as in `data.load`
+    made_from:str,        # as `data.origin` says
+    split:str="validation",
+    judges:int=12,        # modules of it
+    device:str="cpu",
+)->dict:                  # nats and bytes of each module
+    "What the base says of the modules that `lora_fit` is judged on."
+    found = metrics.lm_nats(models.load(lm, task="causal-lm", device=device), data.load(domain, split, limit=judges, seed=0)["text"][:])
+    return dict(nats=list(found.nats), n_bytes=list(found.n_bytes))
+
+def untuned_of(
+    s:Settings,          # of the run
+    split:str="validation",
+)->dict:                 # arguments of `untuned`
+    "The base, on as many modules as the fits."
+    return {k: v for k, v in (dict(split=split) | fit_of(s, split=split)).items() if k in ("lm", "edition", "domain", "made_from", "split", "judges")}
 
 def fit_of(
     s:Settings,     # of the run
@@ -305,7 +328,8 @@ def recipes(
 )->list:         # (recipe, arguments)
     "What `llmlab run` makes before it executes this notebook: the longest first, and last what needs the others."
     rates = [(lora_fit, fit_of(s, method, lr=lr)) for method, rates in RATES.items() for lr in rates]
-    return [(lora_classifier, lora_classifier_of(s)), *rates, *((at_best_rate, o) for o in variants(s).values()), *answers_of(s).values()]
+    base = [(untuned, untuned_of(s, split)) for split in ("validation", "test")]
+    return [(lora_classifier, lora_classifier_of(s)), *rates, *base, *((at_best_rate, o) for o in variants(s).values()), *answers_of(s).values()]
 
 # %% ../../nbs/02_finetuning/04_lora.ipynb #9c5b07a6
 def qlora(
