@@ -477,3 +477,11 @@ def test_a_monitor_does_not_keep_a_process_alive():
 def test_the_counter_has_everything():
     for name in ("ceilings", "work", "Work", "predict", "Forecast", "compare", "time_calls", "percentiles", "throughput", "generation_times", "peak_memory",
         "fresh_process_peak", "gpu_counters", "energy", "Monitor", "hardware", "overhead", "reader"): assert name in measure.__all__ and hasattr(measure, name)
+
+
+def test_a_forecast_without_a_floor_leaves_it_out():
+    told = Forecast(2e-3, None, "dispatch")
+    assert told.floor_ms is None and "floor" not in repr(told) and "–" in str(machine.Forecasts(a=told))
+    c = compare({"a": lambda: None, "b": lambda: None}, pairs=3, warmup=0, forecasts=dict(a=told, b=told))
+    assert c["a"].floor_fraction is None and str(c).count("–") == 2 + 1  # and the baseline foretells no speed-up of itself
+    assert not [o for o in c.plot().lines if o.get_label() == "floor"]

@@ -362,7 +362,8 @@ def _of_speed(speed, baseline):
 def _of_forecast(predicted):
     if predicted is None: return {}
     if not hasattr(predicted, "seconds"): return dict(predicted_ms=predicted)
-    return dict(predicted_ms=predicted.seconds * 1000, floor_ms=predicted.floor_seconds * 1000)
+    floor = predicted.floor_seconds
+    return dict(predicted_ms=predicted.seconds * 1000) | ({} if floor is None else dict(floor_ms=floor * 1000))
 
 def _in_memory(loaded):
     if not hasattr(loaded, "model"): return None

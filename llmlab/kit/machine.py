@@ -458,7 +458,7 @@ def work(
 class Forecast:
     "A time known before it is measured."
     seconds: float           # floor and dispatch
-    floor_seconds: float     # what no program in this format can beat
+    floor_seconds: float|None # what no program in this format can beat; None: not known, as where the forecast is itself a measured time
     bound: str               # bandwidth, arithmetic or dispatch: the largest part
     bandwidth_seconds: float = 0.
     arithmetic_seconds: float = 0.
@@ -467,9 +467,11 @@ class Forecast:
     @property
     def ms(self): return self.seconds*1e3
     @property
-    def floor_ms(self): return self.floor_seconds*1e3
+    def floor_ms(self): return None if self.floor_seconds is None else self.floor_seconds*1e3
 
-    def __repr__(self): return f"Forecast({_time(self.seconds)}, floor {_time(self.floor_seconds)}, bound by {self.bound})"
+    def __repr__(self):
+        floor = "" if self.floor_seconds is None else f", floor {_time(self.floor_seconds)}"
+        return f"Forecast({_time(self.seconds)}{floor}, bound by {self.bound})"
 
 def _time(seconds):
     for unit, size in (("s", 1.), ("ms", 1e-3), ("µs", 1e-6)):
@@ -481,8 +483,8 @@ class Forecasts(Shown, dict):
     def _table(self):
         first = next(iter(self.values()), None)
         return Table(("variant", "predicted", "speed-up", "floor", "bandwidth", "arithmetic", "dispatch", "bound by"),
-            [(n, _time(f.seconds), f"{first.seconds/f.seconds:.2f}×" if f.seconds else "", _time(f.floor_seconds), _time(f.bandwidth_seconds),
-              _time(f.arithmetic_seconds), _time(f.dispatch_seconds), f.bound) for n, f in self.items()])
+            [(n, _time(f.seconds), f"{first.seconds/f.seconds:.2f}×" if f.seconds else "", None if f.floor_seconds is None else _time(f.floor_seconds),
+              _time(f.bandwidth_seconds), _time(f.arithmetic_seconds), _time(f.dispatch_seconds), f.bound) for n, f in self.items()])
 
 # %% ../../nbs/kit/06_machine.ipynb #46cc46ca
 def predict(

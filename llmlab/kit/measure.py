@@ -81,8 +81,8 @@ class Speed:
         return self.time.value/_scale(self.time.unit)
 
     @property
-    def floor_fraction(self)->float|None: # floor over measured time; 1: nothing left to gain; None without a forecast
-        return self.forecast.floor_seconds/self.seconds if self.forecast else None
+    def floor_fraction(self)->float|None: # floor over measured time; 1: nothing left to gain; None without a forecast, or one without a floor
+        return None if self.forecast is None or self.forecast.floor_seconds is None else self.forecast.floor_seconds/self.seconds
 
     def per_second(self,
         items:float=1,   # examples or tokens in a call
@@ -136,7 +136,7 @@ class Comparison(Mapping):
             if f := forecasts.get(name):
                 first = name == next(iter(forecasts))
                 ax.plot(f.seconds*scale, y, "D", mfc="none", color="C1", ms=8, label="predicted" if first else None)
-                ax.plot([f.floor_seconds*scale]*2, [y - .3, y + .3], color="grey", lw=2, label="floor" if first else None)
+                if f.floor_seconds is not None: ax.plot([f.floor_seconds*scale]*2, [y - .3, y + .3], color="grey", lw=2, label="floor" if first else None)
             note = "baseline" if name == self.baseline else written(o.ratio.value, "×", o.ratio.high - o.ratio.low)
             ax.annotate(note, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
         shown = [v for line in ax.lines for v in line.get_xdata() if v > 0]
@@ -151,7 +151,8 @@ class Comparison(Mapping):
 def _foreseen(o):
     if not o.forecast: return [None, None, None]
     return [written(o.forecast.seconds*_scale(o.time.unit), o.time.unit, o.forecast.seconds*_scale(o.time.unit)/20),
-        None if o.predicted_ratio is None or o.name == o.baseline else f"{o.predicted_ratio:.2f}×", f"{o.floor_fraction:.0%}"]
+        None if o.predicted_ratio is None or o.name == o.baseline else f"{o.predicted_ratio:.2f}×",
+        None if o.floor_fraction is None else f"{o.floor_fraction:.0%}"]
 
 # %% ../../nbs/kit/06_measure.ipynb #7708b4bd
 @contextmanager
