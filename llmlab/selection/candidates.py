@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe', 'Candidate', 'majority', 'fit_best', 'tfidf', 'sentence_vectors', 'features', 'features_of', 'recipes',
            'softmax_regression', 'probe', 'challenge', 'python_calls', 'call_seconds', 'forecast', 'throughput_curve',
-           'bend', 'matmuls', 'plot_throughput', 'one_step', 'two_steps', 'plot_memory']
+           'knee', 'matmuls', 'plot_throughput']
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #db0599ca
 import pickle, sys, time, warnings
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from ..kit import data, ledger, measure, metrics, models, pictures, stats, store
-from ..kit.geometry import Allocations
 from ..kit.settings import Settings, Unavailable, settings
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #85702106
@@ -54,7 +53,7 @@ def majority(
 )->Candidate:
     "Always the most frequent class."
     top = int(np.bincount(y).argmax())
-    return Candidate("majority", lambda texts: np.full(len(texts), top), size_bytes=len(pickle.dumps(top)), memory_bytes=sys.getsizeof(top))
+    return Candidate("most frequent class", lambda texts: np.full(len(texts), top), size_bytes=len(pickle.dumps(top)), memory_bytes=sys.getsizeof(top))
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #6e997d13
 def fit_best(
@@ -248,7 +247,7 @@ def throughput_curve(
         for name in candidates: curve[name][batch] = speeds[name].per_second(batch, "texts/s")
     return curve
 
-def bend(
+def knee(
     rates:dict,        # batch size → texts a second
     share:float=.8,    # of the best rate
 )->int:                # batch size
@@ -278,7 +277,7 @@ def plot_throughput(
     foreseen:dict,   # name → {batch size: texts a second}
     ax=None,         # matplotlib axes
 ):                   # the axes
-    "Measured throughput with intervals over batch size, the forecast as a line, the bend marked."
+    "Measured throughput with intervals over batch size, the forecast as a line, the knee marked."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(8, 4), layout="constrained")[1]
     for i, (name, rates) in enumerate(curve.items()):
@@ -286,63 +285,7 @@ def plot_throughput(
         bars = [[o.value - o.low for o in e], [o.high - o.value for o in e]]
         ax.errorbar(b, [o.value for o in e], bars, fmt="o", color=f"C{i}", label=f"{name}, measured")
         ax.plot(b, [foreseen[name][o] for o in b], "--", color=f"C{i}", label=f"{name}, forecast")
-        ax.axvline(bend(rates), color=f"C{i}", alpha=.25, lw=4)
+        ax.axvline(knee(rates), color=f"C{i}", alpha=.25, lw=4)
     ax.set(xscale="log", xlabel="batch size", ylabel="texts per second", ylim=(0, None))
     ax.set(xticks=b, xticklabels=b); ax.minorticks_off(); ax.grid(alpha=.3); ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
-
-# %% ../../nbs/01_selection/01_candidates.ipynb #ff26989a
-def one_step(
-    name:str,            # as in `models.load`
-    batch:int,
-    tokens:int,
-    training:str="",     # full, lora, or empty for one forward pass
-    device:str="cpu",
-)->int:                  # bytes of all tensors at the peak
-    "Load a model and do one forward pass, or two training steps with AdamW, on random tokens: what `models.memory_needed` foresees, for real."
-    lm = models.geometry(name).causal
-    m = models.load(name, task="causal-lm" if lm else "encoder", device=device).model
-    ids = torch.randint(m.config.vocab_size, (batch, tokens), device=device)
-    if training: m, peak = two_steps(m.train(), ids, lm, training)  # with its dropout, as in a real training
-    else:
-        with torch.inference_mode(), Allocations() as seen: m(input_ids=ids)
-        peak = seen.peak
-    return models.bytes_in_memory(m) + peak
-
-def two_steps(
-    m:torch.nn.Module,   # trained in place
-    ids:Tensor,          # (B, T) tokens
-    causal:bool,         # a language model; otherwise an encoder, with a loss of no meaning
-    training:str,        # full, lora
-    rank:int=8,          # of LoRA
-)->tuple[torch.nn.Module, int]: # the model, with its adapters; bytes of tensors at the peak, its weights not counted
-    "Two training steps with AdamW."
-    if training == "lora":
-        from peft import LoraConfig, get_peft_model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers for a name that will go
-            m = get_peft_model(m, LoraConfig(r=rank, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad])
-    with Allocations() as seen:
-        for _ in range(2):  # the second step finds the optimizer's state in place
-            loss = m(input_ids=ids, labels=ids).loss if causal else m(input_ids=ids).last_hidden_state.square().mean()
-            loss.backward()
-            optimizer.step(); optimizer.zero_grad()
-    return m, seen.peak
-
-# %% ../../nbs/01_selection/01_candidates.ipynb #741c9193
-def plot_memory(
-    predicted:dict,  # (model, purpose) → models.Memory
-    counted:dict,    # (model, purpose) → bytes
-    ax=None,         # matplotlib axes
-):                   # the axes
-    "Memory as foreseen, with what was counted as a mark on it."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(7, .55 * len(predicted) + 1), layout="constrained")[1]
-    for y, (what, m) in enumerate(predicted.items()):
-        ax.barh(y, m.total_bytes / 1e6, color="C1", alpha=.35, label=None if y else "forecast")
-        ax.barh(y, m.parts["weights"] / 1e6, color="C1", alpha=.6, label=None if y else "… of which weights")
-        ax.plot(counted[what] / 1e6, y, "o", color="C0", label=None if y else "counted")
-    ax.set(yticks=range(len(predicted)), yticklabels=[f"{n.split(':')[-1]}: {k}" for n, k in predicted], xlabel="MB")
-    ax.invert_yaxis(); ax.legend(fontsize=8, frameon=False); ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -57,7 +57,7 @@ def check_encoder_parameters(
 )->str:                          # "correct", or AssertionError that says what is wrong
     "Compare with models that are really built, on the meta device, for several shapes."
     import torch
-    from transformers import BertConfig, BertModel
+    with models.quiet_library(): from transformers import BertConfig, BertModel
     for d, ff, n_layer, vocab, positions, types in ((64, 256, 2, 1000, 128, 2), (96, 160, 1, 517, 64, 1), (32, 128, 5, 30522, 512, 2)):
         config = BertConfig(hidden_size=d, intermediate_size=ff, num_hidden_layers=n_layer, num_attention_heads=4, vocab_size=vocab,
                             max_position_embeddings=positions, type_vocab_size=types)

@@ -6,19 +6,19 @@
 __all__ = ['CRITERIA', 'TYPES', 'QUESTIONS', 'COMMON', 'SECONDS', 'Entry', 'comparison', 'reasons', 'every_answer', 'needs_of',
            'unmet', 'common_flow', 'Step', 'Choice', 'choose', 'plot_path', 'requests', 'answered_per_s',
            'answered_at_best', 'Own', 'own_price', 'api_price', 'break_even', 'needed_per_s', 'plot_break_even', 'Plan',
-           'needed', 'carried_out', 'largest_batch']
+           'needed', 'two_steps', 'carried_out', 'process_peak', 'plot_memory', 'largest_batch']
 
 # %% ../../nbs/01_selection/02_open_or_closed.ipynb #e99c72eb
-import itertools, math
+import itertools, math, warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 import torch
+from torch import Tensor
 from ..kit import ledger, measure, models, stats
 from ..kit.geometry import TASKS, Allocations, meta_model
 from ..kit.settings import UsageError, settings, unknown
 from ..kit.stats import Estimate, Table
-from .candidates import plot_memory, two_steps
 
 # %% ../../nbs/01_selection/02_open_or_closed.ipynb #01a3e16a
 CRITERIA = {  # criterion → its levels in words, from 0
@@ -448,6 +448,27 @@ def needed(
     return models.memory_needed(models.geometry(plan.model), plan.batch, plan.tokens, training=plan.training, new_tokens=plan.new_tokens, cuda=cuda)
 
 # %% ../../nbs/01_selection/02_open_or_closed.ipynb #0f5c53e6
+def two_steps(
+    m:torch.nn.Module,   # trained in place
+    ids:Tensor,          # (B, T) tokens
+    causal:bool,         # a language model; otherwise an encoder, with a loss of no meaning
+    training:str,        # full, lora
+    rank:int=8,          # of LoRA
+)->tuple[torch.nn.Module, int]: # the model, with its adapters; bytes of tensors at the peak, its weights not counted
+    "Two training steps with AdamW."
+    if training == "lora":
+        from peft import LoraConfig, get_peft_model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers for a name that will go
+            m = get_peft_model(m, LoraConfig(r=rank, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad])
+    with Allocations() as seen:
+        for _ in range(2):  # the second step finds the optimizer's state in place
+            loss = m(input_ids=ids, labels=ids).loss if causal else m(input_ids=ids).last_hidden_state.square().mean()
+            loss.backward()
+            optimizer.step(); optimizer.zero_grad()
+    return m, seen.peak
+
 def carried_out(
     plan:Plan,
     device:str="cpu",  # "meta": rehearsed on tensors that have a shape and no storage
@@ -473,6 +494,32 @@ def carried_out(
     return _weights(m) + seen.peak
 
 def _weights(m): return sum(p.numel() * p.element_size() for p in m.parameters())
+
+def process_peak(
+    plan:Plan,
+    device:str="cpu",
+)->measure.Peak:
+    "Carry a plan out in a fresh process, and read the mark that the operating system keeps of it: tensors, and what libraries hold beside them."
+    return measure.fresh_process_peak("llmlab.selection.open_or_closed:_alone", device=device, **asdict(plan))
+
+def _alone(device, **plan): return carried_out(Plan(**plan), device)
+
+# %% ../../nbs/01_selection/02_open_or_closed.ipynb #ed7090c0
+def plot_memory(
+    predicted:dict,  # (model, purpose) → models.Memory
+    counted:dict,    # (model, purpose) → bytes
+    ax=None,         # matplotlib axes
+):                   # the axes
+    "Memory as foreseen, with what was counted as a mark on it."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(7, .55 * len(predicted) + 1), layout="constrained")[1]
+    for y, (what, m) in enumerate(predicted.items()):
+        ax.barh(y, m.total_bytes / 1e6, color="C1", alpha=.35, label=None if y else "forecast")
+        ax.barh(y, m.parts["weights"] / 1e6, color="C1", alpha=.6, label=None if y else "… of which weights")
+        ax.plot(counted[what] / 1e6, y, "o", color="C0", label=None if y else "counted")
+    ax.set(yticks=range(len(predicted)), yticklabels=[f"{n.split(':')[-1]}: {k}" for n, k in predicted], xlabel="MB")
+    ax.invert_yaxis(); ax.legend(fontsize=8, frameon=False); ax.spines[["top", "right"]].set_visible(False)
+    return ax
 
 # %% ../../nbs/01_selection/02_open_or_closed.ipynb #9d391dec
 def largest_batch(
