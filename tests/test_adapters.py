@@ -264,3 +264,14 @@ def test_every_profile_has_a_plan_without_doubles():
         seeds = 3 if profile == "thorough" else 1
         assert sum("adapter, seed" in name for name in made) == sum("full, seed" in name for name in made) == 2 * seeds
     assert adapters.two_tasks(settings("tiny", task="embedded:docstring-library", device="cpu"))[1] == "embedded:parameter-type"
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+@pytest.mark.parametrize("shape", [(8, 16), (4, 64)])
+def test_memory_of_training_steps_is_foretold(placement, shape):
+    m = models.load("random:minilm", task="classifier", n_labels=3)
+    g = models.geometry(m)
+    assert g.dropout and g.hidden_dropout
+    made, _ = adapters.add_adapter(m, "task", 16, placement)
+    batch = dict(input_ids=torch.full(shape, 5), attention_mask=torch.ones(shape, dtype=torch.long), labels=torch.zeros(shape[0], dtype=torch.long))
+    assert training.step_peak(made, batch) / adapters.training_bytes(g, *shape, placement, 16) == pytest.approx(1, abs=.06)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings as quick, strategies as st
 
 from llmlab.finetuning import full, lora
-from llmlab.kit import compression, models
+from llmlab.kit import compression, geometry, measure, models, training
 from llmlab.kit.settings import Unavailable, UsageError
 from test_compression import TINY, drawn
 
@@ -130,6 +130,37 @@ def test_an_unknown_variant_is_named(llama):
 def test_qlora_says_what_is_missing(llama):
     if torch.cuda.is_available(): pytest.skip("there is a GPU here")
     with pytest.raises(Unavailable, match="add_lora"): lora.qlora("random:llama-tiny")
+
+
+@pytest.mark.parametrize("name", ["qwen-tiny", "llama-tiny", "gpt2-tiny"])
+def test_bytes_of_nf4_counted_layer_by_layer(name):
+    g = models.geometry(f"random:{name}", "causal-lm")
+    model, codes, scales, rest = geometry.meta_model(geometry.random_config(name), "causal-lm"), 0, 0, 0
+    for n, m in model.named_modules():
+        linear = isinstance(m, torch.nn.Linear) and n != "lm_head" or type(m).__name__ == "Conv1D"
+        for k, p in m.named_parameters(recurse=False):
+            if linear and k == "weight":
+                blocks = p.numel() / 64
+                codes, scales = codes + p.numel() / 2, scales + blocks + 4 * blocks / 256
+            elif n != "lm_head": rest += 2 * p.numel()  # the head of all three is the embedding
+    assert lora.nf4_bytes(g) == pytest.approx(codes + scales + rest)
+    assert lora.nf4_bytes(g, "float32") == pytest.approx(codes + scales + 2 * rest)
+    assert lora.nf4_bits(double=False) == 4.5 and 4.12 < lora.nf4_bits() < 4.13
+
+
+def test_what_lora_s_pass_should_cost():
+    g = models.geometry("random:llama-tiny", "causal-lm")
+    here = measure.ceilings("cpu", quick=True)
+    full, thin, thick = (lora.pass_forecast(g, 4, 64, here, r) for r in (0, 1, 64))
+    assert thin.arithmetic_seconds < full.arithmetic_seconds and thin.seconds < thick.seconds and full.floor_seconds <= full.seconds
+    assert 1 < full.arithmetic_seconds / thin.arithmetic_seconds < 1.5  # attention's products stay
+
+
+def test_memory_of_steps_is_what_is_trained_and_what_is_kept(llama):
+    batch = dict(input_ids=torch.arange(4, 68).view(2, 32) % 200, labels=torch.arange(4, 68).view(2, 32) % 200, use_cache=False)
+    whole, some = training.step_peak(compression.copied(llama), batch), training.step_peak(lora.add_lora(llama, r=2)[0], batch)
+    weights = models.bytes_in_memory(llama)
+    assert whole >= 4 * weights and weights < some < whole  # weights, gradients and two averages
 
 
 def test_scale_is_alpha_over_rank():

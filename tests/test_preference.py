@@ -237,9 +237,31 @@ def test_the_gate():
     assert pt.gate(old, new, 80).verdict == "release"
     assert pt.gate(old, new, 80, dict(bits=(fine, .5))).verdict == "release"
     assert pt.gate(old, new, 80, dict(bits=(bad, .5))).verdict.startswith("keep the old one: bits lost 1")
-    assert pt.gate(old, new, 80, dict(bits=(open_, .5))).verdict == "go on measuring: bits is not decided"
+    assert pt.gate(old, new, 80, dict(bits=(open_, .5))).verdict.startswith("keep the old one: not known to be harmless (bits lost 0.1")
     assert pt.gate(new, old, 80).verdict == "keep the old one: it is liked more often"
     assert pt.gate(old, old, 80).verdict == "keep the old one: no difference was found"
     assert pt.gate(old, old, 800).verdict == "go on measuring: 100 of 800 answers"
     with pytest.raises(UsageError, match="same questions|numbers"): pt.gate(old, new[1:], 80)
+    with pytest.raises(UsageError, match="needed=0"): pt.gate(old, new, 0)
     assert "verdict" in pt.gate(old, new, 80)._repr_html_()
+
+
+def test_the_gate_says_nothing_before_all_that_was_planned_is_there():
+    old, new = [0.] * 60 + [1.] * 40, [0.] * 20 + [1.] * 80
+    fine, bad, open_ = (stats.Estimate(v, v - .1, v + h, 50) for v, h in ((0, .1), (1, .1), (.1, 1)))
+    assert pt.gate(old, new, 101).test.p_value < 1e-6
+    for guards in ({}, dict(bits=(fine, .5)), dict(bits=(open_, .5))):
+        assert pt.gate(old, new, 101, guards).verdict == pt.gate(new, old, 101, guards).verdict == "go on measuring: 100 of 101 answers"
+        assert "go on" not in pt.gate(old, new, 100, guards).verdict
+    assert pt.gate(old, new, 101, dict(bits=(bad, .5))).verdict.startswith("keep the old one: bits lost 1")  # harm may be seen early
+
+
+@quick(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.integers(1, 200))
+def test_the_gate_releases_by_a_test_that_is_complete_and_in_favour(only_old, only_new, both, needed):
+    n = only_old + only_new + both
+    if not n: return
+    test = stats.mcnemar([1.] * only_new + [0.] * only_old + [1.] * both, [0.] * only_new + [1.] * only_old + [1.] * both)
+    found = pt.Gate(stats.exact(100 * (only_new - only_old) / n), test, needed, {})
+    assert (found.verdict == "release") == (n >= needed and test.p_value < .05 and only_new > only_old)
+    assert found.verdict.startswith("go on measuring") == (n < needed)

@@ -63,7 +63,7 @@ def test_likelihood_of_a_whole_text_is_the_kits(lm):
 def test_calibration_removes_the_prior_of_a_label(seed):
     g = torch.Generator().manual_seed(seed)
     nats, empty, prior = torch.rand(6, 4, generator=g) * 9, torch.rand(3, 4, generator=g) * 9, torch.rand(4, generator=g) * 9
-    torch.testing.assert_close(p.calibrated(nats + prior, empty + prior), p.calibrated(nats, empty), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(metrics.calibrated(-nats - prior, -empty - prior), metrics.calibrated(-nats, -empty), rtol=1e-4, atol=1e-4)
 
 
 def test_prompts():
@@ -100,8 +100,8 @@ def test_too_few_to_draw_from():
     with pytest.raises(UsageError, match="class 1 has fewer than 2"): p.draw([0, 0, 1], 2)
 
 
-def test_accuracy_over_draws_is_the_mean_and_its_interval_that_of_texts():
-    e = p.over_draws([[True, False, True, False], [True, True, False, False]])
+def test_accuracy_over_texts_is_the_mean_and_its_interval_that_of_texts():
+    e = p.over_texts([[True, False, True, False], [True, True, False, False]])
     assert (e.value, e.n, e.unit) == (50, 4, "%")
 
 

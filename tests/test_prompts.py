@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings as quick, strategies as st
 
 from llmlab.finetuning import prompts as p
-from llmlab.kit import additions, data, models, training, yardsticks
+from llmlab.kit import additions, data, metrics, models, training, yardsticks
 from llmlab.kit.settings import Damaged, UsageError, settings
 from test_compression import TINY, drawn
 
@@ -98,11 +98,12 @@ def test_a_prior_that_all_texts_share_is_taken_out(n, classes, seed):
     g = torch.Generator().manual_seed(seed)
     x, bias = torch.randn(n, classes, generator=g, dtype=torch.float64), torch.randn(classes, generator=g, dtype=torch.float64)
     one = torch.zeros(1, classes, dtype=torch.float64)
-    torch.testing.assert_close(p.calibrated(x + bias, one + bias).softmax(-1), x.softmax(-1))
+    found = metrics.calibrated((x + bias).log_softmax(-1), (one + bias).log_softmax(-1))
+    torch.testing.assert_close(found.softmax(-1), x.softmax(-1))
 
 
 def test_a_prior_needs_a_text():
-    with pytest.raises(UsageError, match="empty"): p.calibrated(torch.zeros(1, 2), torch.zeros(0, 2))
+    with pytest.raises(UsageError, match="empty"): metrics.calibrated(torch.zeros(1, 2), torch.zeros(0, 2))
 
 
 # prompts
@@ -222,6 +223,7 @@ def test_an_interval_of_one_draw_or_of_no_spread():
     same = p.over_draws([[1, 1], [1, 1]])
     assert same.low == same.value == same.high == 100
     assert p.over_draws([[1, 0]] * 2, [[1, 0]] * 2).value == 0
+    assert [o.unit for o in (one, p.over_draws([[1, 0]] * 2, [[0, 0]] * 2))] == ["%", "points"]
     with pytest.raises(UsageError, match="other draws"): p.over_draws([[1, 0]], [[1, 0, 1]])
 
 

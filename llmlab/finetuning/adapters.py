@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLACEMENTS', 'BASE', 'PLACEMENT', 'SIZE', 'RATE', 'EPOCHS', 'TRIES', 'bottleneck_parameters', 'Bottleneck', 'sites',
-           'Bank', 'Detour', 'use', 'add_adapter', 'with_adapters', 'kept_values', 'pass_speedup', 'base_fingerprint',
-           'save_adapter', 'load_adapter', 'adapted', 'called', 'two_tasks', 'unfrozen', 'adapter_answers', 'tests_of',
-           'plan', 'recipes', 'asked_of', 'plot_tasks', 'plot_witness']
+           'Bank', 'Detour', 'use', 'add_adapter', 'with_adapters', 'kept_values', 'training_bytes', 'pass_speedup',
+           'base_fingerprint', 'save_adapter', 'load_adapter', 'adapted', 'called', 'two_tasks', 'unfrozen',
+           'adapter_answers', 'tests_of', 'plan', 'recipes', 'asked_of', 'plot_tasks', 'plot_witness']
 
 # %% ../../nbs/02_finetuning/02_adapters.ipynb #2d9ed8ce
 from collections.abc import Callable
@@ -194,6 +194,21 @@ def kept_values(
     attention, layer = 4 * g.d_model, 6 * g.d_model + g.d_ff
     if placement == "houlsby": return g.n_layer * (layer + 2 * (g.d_model + 2 * size)) - attention
     return g.n_layer * (layer + 2 * g.d_model + size) - (layer - g.d_model)
+
+def training_bytes(
+    g,                     # geometry of a classifier with its norms behind
+    batch:int,             # texts
+    tokens:int,            # of each
+    placement="pfeiffer",  # houlsby, pfeiffer
+    size:int=32,           # of the bottlenecks
+)->float:                  # bytes at the peak
+    "Memory of training steps with AdamW on a CPU in float32, from the geometry alone: as `models.memory_needed`, for bottlenecks on a frozen base."
+    bottlenecks = g.n_layer * (1 + (placement == "houlsby")) * bottleneck_parameters(g.d_model, size)
+    trained = bottlenecks + g.parameters["head"] + g.parameters["pooler"]
+    masks = 2 * g.n_layer - (2 if placement == "pfeiffer" else 1)      # of dropout, behind attention and MLP; none before the first adapter
+    dropped = masks * g.d_model * bool(g.hidden_dropout) + (g.n_layer - 1) * 3 * g.n_head * tokens * bool(g.dropout)
+    values = kept_values(g, placement, size) + dropped + g.d_model + g.d_ff  # the last: gradients as the backward pass begins
+    return 4. * (g.n_parameters + bottlenecks + 2 * trained + batch * tokens * values)
 
 # %% ../../nbs/02_finetuning/02_adapters.ipynb #e872dec7
 def pass_speedup(

@@ -6,8 +6,8 @@
 __all__ = ['STEP', 'DEFAULT', 'SAMPLERS', 'PRUNERS', 'OWN', 'encoded', 'encoded_of', 'vectors', 'Head', 'train_head', 'right',
            'rungs_of', 'head_table', 'Surface', 'tables_of', 'surface', 'plot_surface', 'selected', 'plot_selected',
            'expected_maximum', 'best_of', 'plot_seeds', 'called_different', 'search_by_hand', 'replayed',
-           'expected_trials', 'Search', 'grid_of', 'search', 'contests', 'contests_of', 'tested', 'trained_at_rungs',
-           'searched', 'searched_of', 'recipes', 'plot_trials']
+           'expected_trials', 'Search', 'grid_of', 'search', 'trials_table', 'contests', 'contests_of', 'tested',
+           'trained_at_rungs', 'searched', 'searched_of', 'recipes', 'plot_trials']
 
 # %% ../../nbs/02_finetuning/07_hyperparameters.ipynb #5f8e74c6
 import itertools, math, random
@@ -393,6 +393,19 @@ def search(
         while sum(t["steps"] for t in trials) + rungs[-1] <= budget and (sampler != "grid" or len(trials) < len(given)):
             trials.append(_trial(study, evaluate, space, rungs[-1], optuna))
     return Search(tuple(trials), budget)
+
+def trials_table(
+    found:Search,
+    value:str="value",  # what a trial reported, with its unit
+    first:int=0,        # trials to show, 0 for all
+    sign:int=1,         # −1 for a loss, of which the search took the negative
+)->stats.Table:
+    "The trials of a search in order, each with what it reported last."
+    names, shown = list(found.trials[0]["setting"]), lambda v: f"{v:.2g}" if isinstance(v, float) else v
+    rows = [(*(shown(t["setting"][n]) for n in names), t["steps"], f"{sign * t['value']:.4g}", "whole" if t["whole"] else "stopped early")
+        for t in found.trials[:first or None]]
+    said = f"{len(rows)} of {len(found.trials)} trials; all together {found.spent} of {found.budget} steps"
+    return stats.Table((*(n.replace("_", " ") for n in names), "steps", value, "trial"), rows, said)
 
 def _trial(study, evaluate, space, longest, optuna):
     "Ask for a setting, train, tell what came of it."

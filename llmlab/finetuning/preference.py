@@ -385,7 +385,9 @@ def plot_watched(
     axes[0].axhline(50, color="grey", ls="--", lw=1)
     axes[0].set(xlabel="step", ylabel="pairs ranked right, %"); axes[1].set(xlabel="step", ylabel="log p, nats against the reference")
     axes[1].plot([], [], "-", color="grey", label="chosen"); axes[1].plot([], [], ":", color="grey", label="rejected")
-    for a in axes: a.legend(frameon=False, fontsize=8); a.grid(alpha=.3); a.spines[["top", "right"]].set_visible(False)
+    for a in axes: a.grid(alpha=.3); a.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(min([35, *(p["accuracy"] - 5 for o in curves.values() for p in o if p["step"])]), 102)  # room below the line of guessing
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right", ncols=2); axes[1].legend(frameon=False, fontsize=8)
     return axes
 
 # %% ../../nbs/02_finetuning/06_preference.ipynb #4549c2c1
@@ -440,20 +442,20 @@ class Gate(stats.Shown):
     "Whether a new model replaces the old one."
     gain: stats.Estimate   # in points
     test: stats.Test
-    needed: int            # observations planned
+    needed: int            # answers planned
     guards: dict           # name → (what was lost, at most)
     level: float = .95     # of confidence
 
     @property
     def verdict(self)->str:
-        "`release`, or what to do instead and why."
+        "`release`, or what to do instead and why. The test is looked at once, when all answers that were planned are there."
         for name, (lost, most) in self.guards.items():
-            if lost.value > most: return f"keep the old one: {name} lost {lost.brief}, and {most:g} was the most"
-        if self.test.p_value >= 1 - self.level:
-            return "keep the old one: no difference was found" if self.test.n >= self.needed else f"go on measuring: {self.test.n} of {self.needed} answers"
+            if lost.low > most: return f"keep the old one: {name} lost {lost.brief}, and {most:g} was the most"
+        if self.test.n < self.needed: return f"go on measuring: {self.test.n} of {self.needed} answers"
+        if self.test.p_value >= 1 - self.level: return "keep the old one: no difference was found"
         if self.gain.value < 0: return "keep the old one: it is liked more often"
-        open_ = [name for name, (lost, most) in self.guards.items() if lost.high > most]
-        return f"go on measuring: {', '.join(open_)} is not decided" if open_ else "release"
+        open_ = [f"{name} lost {lost.brief}, and {most:g} was the most" for name, (lost, most) in self.guards.items() if lost.high > most]
+        return f"keep the old one: not known to be harmless ({'; '.join(open_)}); plan a larger test" if open_ else "release"
 
     def _table(self):
         rows = [("gain", self.gain), ("test", str(self.test)), ("answers planned", f"{self.needed:,}")]
@@ -463,10 +465,11 @@ class Gate(stats.Shown):
 def gate(
     before,          # liked (1) or not, answer by answer, of the old model; or an Estimate that holds them
     after,           # of the new one, on the same prompts
-    needed:int,      # prompts planned
+    needed:int,      # answers planned, of each
     guards=None,     # name → (estimate of what was lost, the most that it may be)
     level:float=.95, # of confidence
 )->Gate:
-    "McNemar's test between two models on the same prompts, and guards. Raises `UsageError` for unequal numbers of answers."
+    "McNemar's test between two models on the same prompts, and guards. Raises `UsageError` for unequal numbers of answers, and for a plan of none."
+    if needed < 1: raise UsageError(f"needed={needed} is out of range: a test is planned for at least 1 answer (`stats.sample_size_mcnemar`)")
     old, new = (stats.estimate([float(v > 0) for v in getattr(o, "samples", o)]).scaled(100, "%") for o in (before, after))
     return Gate(new - old, stats.mcnemar(new, old), needed, dict(guards or {}), level)

@@ -253,12 +253,15 @@ class Loaded:
 # %% ../../nbs/kit/04_models.ipynb #834a9b7b
 @contextmanager
 def quiet_library():
-    "Without the library's progress bars and reports: what matters in them is checked below."
+    "Without the library's bars and reports (what matters in them is checked below), and without warnings of names that libraries use themselves."
     from transformers.utils import logging
     without_idle_talk()
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error(); logging.disable_progress_bar()
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bar: logging.enable_progress_bar()

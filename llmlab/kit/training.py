@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PADDING', 'OPTIMIZERS', 'SCHEDULES', 'pack', 'tokenized', 'collator', 'Windows', 'decayed', 'MuonAdamW', 'Diverged',
-           'checkpoints', 'Trained', 'fit']
+           'checkpoints', 'Trained', 'fit', 'step_peak']
 
 # %% ../../nbs/kit/08_training.ipynb #35cbd497
 import copy, math, os, shutil, tempfile, time
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .footprint import peak_memory
-from .geometry import geometry_of
-from .models import Loaded, quiet_library
+from .geometry import Allocations, geometry_of
+from .models import Loaded, bytes_in_memory, quiet_library
 from .settings import LabError, Unavailable, UsageError, unknown
 from .stats import Estimate, Table, estimate
 
@@ -386,3 +386,16 @@ def _made(loaded, given, where):
     if not given["progress"]:
         made.remove_callback(PrinterCallback)
     return watch, made
+
+# %% ../../nbs/kit/08_training.ipynb #d0abb627
+def step_peak(
+    loaded:Loaded,  # any model; its trainable weights are moved by two small updates
+    batch:dict,     # arguments of its forward, with labels
+)->int:             # bytes: weights, and the tensors that two updates held above them at the peak
+    "Memory of training steps with AdamW, counted tensor by tensor. What libraries and the allocator reserve comes on top."
+    adam = torch.optim.AdamW([p for p in loaded.model.train().parameters() if p.requires_grad], lr=1e-5)
+    with Allocations() as seen:
+        for _ in range(2):  # the second finds the optimizer's averages in place
+            loaded.model(**batch).loss.backward()
+            adam.step(); adam.zero_grad()
+    return seen.peak + bytes_in_memory(loaded.model)
