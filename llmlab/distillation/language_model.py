@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'K', 'PROMPT', 'REFRESH', 'WATCHED', 'LEARNS', 'WRITES', '
            'plot_fits', 'sampled', 'own_samples', 'windows_of', 'teacher_text', 'ids_of', 'as_text', 'coarsened',
            'with_rest', 'cache_bytes', 'teacher_topk', 'remembered', 'exactness', 'Moved', 'loss_bytes', 'muon_work',
            'update_parts', 'budget', 'early', 'lm_student', 'judged', 'written', 'operations', 'plan', 'search',
-           'recipes', 'plot_curves', 'mean_of', 'at_equal_cost']
+           'recipes', 'priced', 'mean_of', 'at_equal_cost']
 
 # %% ../../nbs/05_distillation/04_language_model.ipynb #a9a83768
 import copy, math, time
@@ -539,22 +539,13 @@ def recipes(
     return [(early, asked[0]["begin"])] * bool(asked[0].get("begin")) + [(lm_student, o) for o in asked]
 
 # %% ../../nbs/05_distillation/04_language_model.ipynb #d8b09efb
-def plot_curves(
-    notes:dict,           # name → what `lm_student` noted
-    bits:float=1.,        # bits a byte in a nat a token
-    axes=None,            # two matplotlib axes
-):                        # them
-    "Validation over tokens, and over processor seconds, those of what was made beforehand included."
-    import matplotlib.pyplot as plt
-    if axes is None: axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained", sharey=True)[1]
-    for name, n in notes.items():
-        per, y = n["tokens"] / n["curve"][-1]["step"], [p["loss"] * bits for p in n["curve"]]
-        axes[0].plot([p["step"] * per for p in n["curve"]], y, "o-", ms=3, label=name)
-        axes[1].plot([p["cpu_s"] + n["made_s"] for p in n["curve"]], y, "o-", ms=3, label=name)
-    axes[0].set(xlabel="tokens", ylabel="bits a byte, validation"); axes[1].set(xlabel="processor seconds")
-    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
-    for ax in axes: ax.grid(alpha=.3); ax.spines[["top", "right"]].set_visible(False)
-    return axes
+def priced(
+    note:dict,      # what `lm_student` noted
+    bits:float=1.,  # bits a byte in a nat a token
+)->list:            # points of the curve, as `pictures.learning_curves` draws them
+    "Validation in bits a byte, over tokens and over processor seconds, those of what was made beforehand included."
+    per = note["tokens"] / note["curve"][-1]["step"]
+    return [dict(tokens=p["step"] * per, cpu_s=p["cpu_s"] + note["made_s"], bits_per_byte=p["loss"] * bits) for p in note["curve"]]
 
 # %% ../../nbs/05_distillation/04_language_model.ipynb #3c94a355
 def mean_of(

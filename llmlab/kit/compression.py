@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Place', 'matrices', 'targeted', 'already_quantized', 'copied', 'set_weight', 'set_module', 'Change', 'Changes',
-           'calibration', 'Inputs', 'each_input', 'input_statistics', 'loss_of', 'labelled_batches', 'greedy_layers']
+           'calibration', 'Inputs', 'each_input', 'input_statistics', 'outlier_profile', 'layer_error', 'loss_of',
+           'labelled_batches', 'greedy_layers']
 
 # %% ../../nbs/kit/12_compression.ipynb #5547743d
 import copy
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from . import data, models, training
 from .geometry import part_of
 from .models import Loaded
-from .settings import UsageError
+from .settings import UsageError, unknown
 from .stats import Shown, Table
 
 # %% ../../nbs/kit/12_compression.ipynb #8dcee33f
@@ -239,6 +240,25 @@ def input_statistics(
     bad = next((n for n, o in seen.items() if not o.square_sum.isfinite().all()), None)
     if bad: raise UsageError(f"NaN or infinity flowed into {bad}: the model is broken before anything was done to it")
     return seen
+
+# %% ../../nbs/kit/12_compression.ipynb #a1847e4b
+def outlier_profile(
+    flow:dict,          # of `input_statistics`
+    by:str="absmax",    # absmax: largest magnitude of a column; norm: its ‖x‖
+)->dict:                # module name → largest column over the median column
+    "How far the largest input column stands out in each matrix."
+    if by not in ("absmax", "norm"): raise unknown("size of a column", by, ["absmax", "norm"])
+    sizes = {n: getattr(o, by) for n, o in flow.items()}
+    return {n: (x.max() / x.median().clamp(min=1e-12)).item() for n, x in sizes.items()}
+
+def layer_error(
+    change:Tensor,        # (out, in), new minus old weight
+    hessian:Tensor,       # (in, in), sum of x·xᵀ
+    of:Tensor|None=None,  # (out, in) the old weight: as a share of what it gave; None: as it is
+)->float:
+    "Squared error of a layer's output, summed over all inputs seen."
+    square = lambda m: ((m @ hessian) * m).sum()
+    return (square(change) if of is None else square(change) / square(of)).item()
 
 # %% ../../nbs/kit/12_compression.ipynb #3f93282d
 def loss_of(

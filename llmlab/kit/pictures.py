@@ -139,11 +139,13 @@ def foretold(
     low, high = min(x + y) / 1.8, max(x + y) * 1.8
     ax.plot([low, high], [low, high], color="grey", lw=1, zorder=1)
     ax.fill_between([low, high], [low / 2, high / 2], [low * 2, high * 2], color="grey", alpha=.12, lw=0, zorder=0)
-    ax.vlines(x, *zip(*(_ends(e) for _, _, e, _ in points)), color="grey", lw=1, zorder=2)
+    bars = [(p, *_ends(e)) for _, p, e, _ in points]
+    ax.vlines(*zip(*bars), color="grey", lw=1, zorder=2)
     share = [math.nan if f is None else 100 * f for *_, f in points]
     dots = ax.scatter(x, y, c=share, vmin=0, vmax=100, cmap="viridis", plotnonfinite=True, zorder=3, edgecolor="white", lw=.5)
-    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="predicted, ms", ylabel="measured, ms")
+    ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="predicted, ms", ylabel="measured, ms")
+    ax.set_ylim(min(low, *(b / 1.2 for _, b, _ in bars if b > 0)), max(high, *(1.2 * t for *_, t in bars)))  # whole intervals
     plain_log(ax.xaxis); plain_log(ax.yaxis)
     ax.get_figure().colorbar(dots, ax=ax, label="share of the floor reached, %")
-    label_points(ax, [(name, p, e.value, "black") for name, p, e, _ in points])
+    label_points(ax, [(name, p, e.value, "black") for name, p, e, _ in points], bars)
     return ax

@@ -10,7 +10,7 @@ __all__ = ['MARK', 'marked', 'end_marked', 'environment', 'KernelKilled', 'NoKer
 import errno, html, json, os, queue, re, sys, tempfile, threading, time, traceback, uuid
 from importlib import import_module, resources
 from pathlib import Path
-from ..kit.settings import LabError, checkout, contained, home, settings
+from ..kit.settings import LabError, checkout, contained, home, settings, without_temporary
 from .plan import no_room, read_jsonl, write_whole
 
 # %% ../../nbs/lab/01_engine.ipynb #49569401
@@ -173,7 +173,7 @@ _ansi = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 def _places():
     "This machine's folders and what to say instead, longest first."
     import sysconfig
-    own = {str(home()): ".llmlab", sys.prefix: "<python>", sysconfig.get_paths()["stdlib"]: "<python>/lib", tempfile.gettempdir(): "<tmp>"}
+    own = {str(home()): ".llmlab", sys.prefix: "<python>", sysconfig.get_paths()["stdlib"]: "<python>/lib"}
     if checkout(): own[str(checkout())] = "."
     else: own[str(Path(str(resources.files("llmlab"))).parent)] = "."
     if len(called := os.environ.get("LLMLAB_CALLED_IN", "")) > 3: own.setdefault(called, ".")
@@ -188,7 +188,7 @@ def without_paths(
     text = re.sub(r"(/[^\s/'\"]+)*/ipykernel_\d+/\d+\.py", "<cell>", text)
     for folder, name in sorted((extra or {}).items(), key=lambda kv: -len(kv[0])): text = text.replace(folder, name)
     for folder, name in _places(): text = re.sub(re.escape(folder) + r"(?![\w.-])", name, text)
-    return text
+    return without_temporary(text)
 
 def _cleaned(x, extra):
     if isinstance(x, str): return without_paths(x, extra)

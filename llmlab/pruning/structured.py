@@ -526,7 +526,8 @@ def plot_scores(
         bars = [[e.value - e.low for _, e in at], [e.high - e.value for _, e in at]]
         ax.errorbar([x for x, _ in at], [e.value for _, e in at], bars, fmt="o", color=f"C{i}", label=name)
     ax.axhline(dense.value, color="grey", ls="--", lw=1, label="dense")
-    ax.set(xticks=range(len(cuts)), xticklabels=[f"{what}, {share:.0%} cut" for what, share in cuts], ylabel="bits a byte (less is better)")
+    labels = [f"{'width' if what == 'hidden' else what}, {share:.0%} cut" for what, share in cuts]
+    ax.set(xticks=range(len(cuts)), xticklabels=labels, ylabel="bits a byte (less is better)")
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
@@ -534,6 +535,7 @@ def plot_scores(
 def plot_heads(
     worth:list,  # scores of heads, a tensor (n_head,) a layer
     title:str="",
+    unit:str="", # of the scores
     ax=None,     # matplotlib axes
 ):               # the axes
     "Heads as a chart, layer by layer."
@@ -542,7 +544,7 @@ def plot_heads(
     table = torch.stack(list(worth)).float().cpu()
     image = ax.imshow(table, cmap="viridis", aspect="auto")
     ax.set(xlabel="head", ylabel="layer", title=title, xticks=range(table.shape[1]), yticks=range(table.shape[0]))
-    ax.get_figure().colorbar(image, ax=ax)
+    ax.get_figure().colorbar(image, ax=ax, label=unit)
     return ax
 
 # %% ../../nbs/04_pruning/02_structured.ipynb #cf5e5fea

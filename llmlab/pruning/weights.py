@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCOPES', 'METHODS', 'FORMATS', 'recipe', 'recipe_remove', 'keep', 'keep_globally', 'wanda_scores', 'sparsegpt',
-           'two_of_four', 'output_error', 'refit', 'prune_weights', 'curves', 'plot_curves', 'predicted_bytes',
-           'compressed', 'packed', 'unpacked', 'write_sparse', 'read_sparse', 'predicted_file', 'plot_bytes',
-           'SparseLinear', 'to_csr', 'sparse_rate', 'semi_structured']
+           'two_of_four', 'refit', 'prune_weights', 'curves', 'plot_curves', 'predicted_bytes', 'compressed', 'packed',
+           'unpacked', 'write_sparse', 'read_sparse', 'predicted_file', 'plot_bytes', 'SparseLinear', 'to_csr',
+           'sparse_rate', 'semi_structured']
 
 # %% ../../nbs/04_pruning/01_weights.ipynb #32796d9c
 import math, tempfile, warnings
@@ -135,15 +135,6 @@ def two_of_four(
     return torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.topk(2).indices, True).view(scores.shape)
 
 # %% ../../nbs/04_pruning/01_weights.ipynb #f2131abe
-def output_error(
-    w:Tensor,        # (out, in) as it was
-    new:Tensor,      # (out, in) as it is
-    hessian:Tensor,  # (in, in)
-)->float:            # ‖(W' − W) X‖² over ‖W X‖²
-    "The share of a layer's output that pruning changed, over the calibration tokens."
-    square = lambda m: ((m @ hessian) * m).sum()
-    return (square(new - w) / square(w)).item()
-
 def refit(
     w:Tensor,        # (out, in) as it was
     mask:Tensor,     # (out, in) bool, True: keep
@@ -267,7 +258,8 @@ def plot_curves(
         x, y = [k + .004 * (i - len(curves) / 2) for k in curve], [e.value for e in curve.values()]
         bars = [[e.value - e.low for e in curve.values()], [e.high - e.value for e in curve.values()]]
         ax.errorbar(x, y, bars, fmt="o-", color=f"C{i}", ms=4, lw=1.2, elinewidth=.8, label=name)
-    ax.set(xlabel="share of the weights that are zero", ylabel=label)
+    at = sorted({k for curve in curves.values() for k in curve})
+    ax.set(xlabel="share of the weights that are zero, %", ylabel=label, xticks=at, xticklabels=[f"{100 * k:g}" for k in at])
     if most is not None: ax.set_ylim(top=most)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax

@@ -103,13 +103,14 @@ def warm(
 
 # %% ../../nbs/03_quantization/08_engine_speed.ipynb #d7f34e24
 def parts_table(
-    told:dict,   # name → Forecast, of `foretell`
-    reads:dict,  # name → bytes that a call reads
+    told:dict,         # name → Forecast, of `foretell`
+    moved:dict,        # name → bytes that a call reads, or operations that it does
+    what:str="read",   # read: bytes; multiply: operations
 )->stats.Table:
-    "What each part should take, and how fast the kernels read."
-    ms = lambda o: f"{o * 1e3:,.1f} ms"
-    rows = [(n, ms(f.arithmetic_seconds), f"{reads[n] / f.arithmetic_seconds / 1e9:.1f} GB/s", ms(f.dispatch_seconds), ms(f.seconds)) for n, f in told.items()]
-    return stats.Table(("engine", "products", "its kernels read", "the rest", "together"), tuple(rows))
+    "What each part should take, and at which rate the kernels work."
+    ms, unit = lambda o: f"{o * 1e3:,.1f}", dict(read="GB/s", multiply="G operations/s")[what]
+    rows = [(n, ms(f.arithmetic_seconds), f"{moved[n] / f.arithmetic_seconds / 1e9:,.1f}", ms(f.dispatch_seconds), ms(f.seconds)) for n, f in told.items()]
+    return stats.Table(("engine", "products, ms", f"its kernels {what}, {unit}", "the rest, ms", "together, ms"), tuple(rows))
 
 # %% ../../nbs/03_quantization/08_engine_speed.ipynb #45c37df5
 def plot_two_forecasts(

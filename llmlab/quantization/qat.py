@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'STARTS', 'StraightThrough', 'RoundedWeight', 'prepare', 'prepared', 'codes_of', 'convert',
-           'trained_rounded', 'trainings_of', 'recipes', 'load_trained', 'plot_curves']
+           'trained_rounded', 'trainings_of', 'recipes', 'load_trained']
 
 # %% ../../nbs/03_quantization/04_qat.ipynb #097b18e9
 from contextlib import nullcontext
@@ -202,17 +202,3 @@ def load_trained(
         one = dequantized(load_packed(made.path, s.device)) if how["bits"] else models.load(str(made.path), task="causal-lm", device=s.device)
         found[name] = replace(one, name=f"{m.name}, {name}"), made
     return found
-
-# %% ../../nbs/03_quantization/04_qat.ipynb #7d00737f
-def plot_curves(
-    curves:dict,  # name → list of dictionaries with step and loss
-    ax=None,      # matplotlib axes
-):                # the axes
-    "Loss against steps."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
-    for name, curve in curves.items(): ax.plot(*zip(*[(c["step"], c["loss"]) for c in curve if "loss" in c]), "o-", ms=3, label=name)
-    ax.set(xlabel="step", ylabel="training loss, nats a token")
-    ax.grid(alpha=.3); ax.spines[["top", "right"]].set_visible(False)
-    if curves: ax.legend(frameon=False, fontsize=8)
-    return ax
