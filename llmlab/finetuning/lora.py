@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['JUDGES', 'RATES', 'lora_parameters', 'attention_of', 'LoraLinear', 'add_lora', 'merge_lora', 'unmerge_lora',
            'lora_fit', 'untuned', 'untuned_of', 'fit_of', 'plot_rates', 'at_best_rate', 'variants', 'plot_parameters',
-           'save_adapter', 'load_adapter', 'lora_classifier', 'lora_classifier_of', 'lora_answers', 'answers_of',
-           'recipes', 'qlora']
+           'pass_forecast', 'save_adapter', 'load_adapter', 'lora_classifier', 'lora_classifier_of', 'lora_answers',
+           'answers_of', 'recipes', 'nf4_bits', 'nf4_bytes', 'qlora']
 
 # %% ../../nbs/02_finetuning/04_lora.ipynb #3f8f5220
 import math
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .full import answered, full_answers, test_answers
-from ..kit import additions, compression, data, ledger, measure, metrics, models, stats, store, training, yardsticks
+from ..kit import additions, compression, data, geometry, ledger, measure, metrics, models, stats, store, training, yardsticks
 from ..kit.compression import Change, Changes, Place
 from ..kit.models import Loaded
 from ..kit.settings import Settings, UsageError, expected_error, settings, unknown
@@ -249,6 +249,25 @@ def plot_parameters(
     ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, .5)); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
+# %% ../../nbs/02_finetuning/04_lora.ipynb #4c924db3
+def pass_forecast(
+    g,                  # geometry of the model
+    batch:int,          # sequences
+    tokens:int,         # positions of each
+    ceilings,           # of the machine, as `measure.ceilings` gives them
+    r:int=0,            # rank of LoRA in all linear layers; 0: full fine-tuning
+    ops:int=0,          # kernels that a pass dispatches
+)->measure.Forecast:
+    "Time of a forward and a backward pass: three products a matrix, or two and what the detours multiply and move."
+    positions, frozen = batch * tokens, g.matrices["attention"] + g.matrices["mlp"] + (g.matrices["head"] if g.causal else 0)
+    flops = 3 * g.flops(batch, tokens) - (2 * positions * frozen if r else 0) + 6 * positions * r * g.lora
+    products = measure.predict(measure.Work(3 * g.weight_bytes(), flops, ops), ceilings)
+    if not r: return products
+    size, outputs = 4. * positions, g.lora - g.lora_inputs  # float32
+    moved, at_once = size * (10 * outputs + 6 * g.lora_inputs), size * (3 * outputs + g.lora_inputs) / g.lora_layers
+    beside = measure.predict(measure.Work(moved, 0, working_set_bytes=at_once), ceilings).seconds
+    return replace(products, seconds=products.seconds + beside, bandwidth_seconds=products.bandwidth_seconds + beside)
+
 # %% ../../nbs/02_finetuning/04_lora.ipynb #1bf76cef
 def save_adapter(
     loaded:Loaded,  # of `add_lora`
@@ -331,7 +350,22 @@ def recipes(
     base = [(untuned, untuned_of(s, split)) for split in ("validation", "test")]
     return [(lora_classifier, lora_classifier_of(s)), *rates, *base, *((at_best_rate, o) for o in variants(s).values()), *answers_of(s).values()]
 
-# %% ../../nbs/02_finetuning/04_lora.ipynb #9c5b07a6
+# %% ../../nbs/02_finetuning/04_lora.ipynb #e9425972
+def nf4_bits(
+    double:bool=True,  # the scales are quantized as well
+)->float:              # bits
+    "Bits of one weight in NF4 with its share of the scales (Dettmers et al. 2023, section 3)."
+    return 4 + (8 / 64 + 32 / (64 * 256) if double else 32 / 64)
+
+def nf4_bytes(
+    g,                     # geometry of the model
+    rest:str="bfloat16",   # what is kept besides linear layers: embedding, head, norms, biases
+)->float:                  # bytes
+    "Weights as bitsandbytes holds them: the linear layers in NF4, double-quantized, but for the head."
+    linear = g.matrices["attention"] + g.matrices["mlp"]
+    return linear * nf4_bits() / 8 + (g.n_parameters - linear) * models.dtype_bytes(rest)
+
+# %% ../../nbs/02_finetuning/04_lora.ipynb #f2d53af9
 def qlora(
     name:str,         # of a causal language model: a folder or hub:…
     r:int=8,
@@ -346,6 +380,6 @@ def qlora(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     plain = models.load(name, task="causal-lm")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    base = AutoModelForCausalLM.from_pretrained(models.source(name, "causal-lm"), quantization_config=config, device_map={"": 0}, local_files_only=True)
-    base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    how = dict(quantization_config=config, dtype=torch.bfloat16, device_map={"": 0}, local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(models.source(name, "causal-lm"), **how).requires_grad_(False)
     return replace(plain, model=peft.get_peft_model(base, peft.LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")))
