@@ -185,6 +185,5 @@ def test_the_recipe_gives_the_prompt_back(lm):
 
 def test_pictures_of_curves():
     curve = f.Curve((1, 2, 3), (3., 2., 1.), (3., 2.5, 2.8))
-    assert curve.best == 1
     assert len(f.plot_learning(curve, 1.4, {"gzip": 2.}).lines) == 2
     assert np.isfinite(curve.valid).all()
