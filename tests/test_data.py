@@ -375,7 +375,7 @@ def test_leak_sees_a_leak_and_needs_labels():
         out[split] = Dataset.from_dict(dict(text=[t for t, _ in found], label=[int(coin[m]) for _, m in found], module=[str(m) for _, m in found]),
                                        features=Features(text=Value("string"), label=ClassLabel(names=["a", "b"]), module=Value("string")))
     leak = data.leak(DatasetDict(out))
-    assert leak.at_random.value > .95 and leak.by_module.value < .8 and leak.leak.low > 0
+    assert leak.at_random.value > 95 and leak.by_module.value < 80 and leak.leak.low > 0
     assert "unseen modules" in repr(leak) and "<table" in leak._repr_html_()
     with pytest.raises(UsageError, match="labelled"): data.leak("embedded:summary-body")
 

@@ -25,8 +25,8 @@ def test_in_turns_finds_the_ratio_that_one_after_the_other_misses():
 
 def test_coverage_counts_the_intervals_that_hold_the_truth():
     wide, wrong = stats.Estimate(1., 0., 2., 5), stats.Estimate(5., 4., 6., 5)
-    assert m.coverage(lambda i: wide if i % 4 else wrong, 1., n=40).value == .75
-    assert m.coverage(m.simulated_ratio, 1.25, 40).value > .8
+    assert m.coverage(lambda i: wide if i % 4 else wrong, 1., n=40).value == 75
+    assert m.coverage(m.simulated_ratio, 1.25, 40).value > 80
 
 
 def test_a_slow_device_returns_at_once_and_does_all_of_its_work():
@@ -93,10 +93,10 @@ def cost(millions, ratio):
     return m.StepCost(f"{millions}M", int(millions * 1e6), millions * 4e6, None, one, one, stats.exact(ratio))
 
 
-def test_the_bend_lies_between_the_sizes_or_is_none():
-    assert m.bend([cost(10, .5), cost(40, 2.)]) == pytest.approx(20e6, rel=1e-6)
-    assert m.bend([cost(10, 1.5), cost(40, 2.)]) == 10e6
-    assert m.bend([cost(10, .2), cost(40, .9)]) is None
+def test_the_crossover_lies_between_the_sizes_or_is_none():
+    assert m.crossover([cost(10, .5), cost(40, 2.)]) == pytest.approx(20e6, rel=1e-6)
+    assert m.crossover([cost(10, 1.5), cost(40, 2.)]) == 10e6
+    assert m.crossover([cost(10, .2), cost(40, .9)]) is None
 
 
 def test_step_cost_on_a_simulated_clock_is_a_share():

@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_training(lm, windows):
     (a, one), (b, two) = (trained(lm, windows, steps=6) for _ in range(2))
     assert one == two and all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
     assert one != trained(lm, windows, steps=6, seed=1)[1]
-    assert one.tokens == (128, 256, 384) and not one.stopped and not a.model.training
+    assert one.tokens == (128, 256, 384) and not a.model.training
 
 
 def test_small_models_leave_the_global_generator_alone(lm):
@@ -140,23 +140,6 @@ def test_small_models_leave_the_global_generator_alone(lm):
     a, b = f.small_lm(lm, seed=1), f.small_lm(lm, seed=2)
     assert torch.equal(before, torch.get_rng_state()) and not torch.equal(a.model.model.embed_tokens.weight, b.model.model.embed_tokens.weight)
     assert a.weights == "random" and a.tokenizer is lm.tokenizer
-
-
-def test_early_stopping_is_a_prefix_and_goes_back(lm, windows):
-    other = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(0))  # nothing of this can be learnt
-    def run(**how):
-        m = f.small_lm(lm, d_model=32, n_layer=1)
-        return m, f.train_lm(m.model, windows[:8], other, steps=40, look=2, batch=4, **how)
-    (_, whole), (m, stopped) = run(), run(patience=2)
-    n = len(stopped.tokens)
-    assert stopped.stopped and n < len(whole.tokens) and stopped.best == n - 3
-    assert (stopped.tokens, stopped.train, stopped.valid) == (whole.tokens[:n], whole.train[:n], whole.valid[:n])
-    assert f.window_loss(m.model, other) == pytest.approx(min(stopped.valid), abs=1e-6)
-
-
-def test_patience_that_is_never_needed_keeps_the_best_as_well(lm, windows):
-    m, curve = trained(lm, windows, steps=6, patience=50)
-    assert not curve.stopped and f.window_loss(m.model, windows[8:12]) == pytest.approx(min(curve.valid), abs=1e-6)
 
 
 def test_every_window_is_seen_once_before_any_is_seen_twice(lm, windows):
@@ -201,8 +184,6 @@ def test_the_recipe_gives_the_prompt_back(lm):
 
 
 def test_pictures_of_curves():
-    curve = f.Curve((1, 2, 3), (3., 2., 1.), (3., 2.5, 2.8), False)
-    assert curve.best == 1
+    curve = f.Curve((1, 2, 3), (3., 2., 1.), (3., 2.5, 2.8))
     assert len(f.plot_learning(curve, 1.4, {"gzip": 2.}).lines) == 2
-    assert f.plot_overfitting(curve, curve).get_xlabel() == "tokens seen"
     assert np.isfinite(curve.valid).all()

@@ -55,7 +55,6 @@ COPIES = {"word for word": lambda t: t, "other case and punctuation": lambda t: 
 @dataclass(frozen=True)
 class Tokenised:
     "What a tokenizer makes of texts."
-    tokens_per_character: float
     coverage: float         # share of tokens that are known
     vocabulary_used: float  # share of the vocabulary that occurs
 
@@ -66,7 +65,7 @@ def tokenised(
     "Count tokens, unknown ones and distinct ones."
     ids = [i for o in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] for i in o]
     known = 1 - sum(i == tokenizer.unk_token_id for i in ids) / len(ids)
-    return Tokenised(len(ids) / sum(map(len, texts)), known, len(set(ids)) / len(tokenizer))
+    return Tokenised(known, len(set(ids)) / len(tokenizer))
 
 # %% ../../nbs/00_foundations/05_data_quality.ipynb #a648de36
 RULES = {"bool": r"\b(?:whether|if set|enables?|flag)\b",
@@ -291,11 +290,11 @@ def boundary_f1(
     found,              # segmentations of n texts
     truth,              # the right ones
     resamples:int=2000, # of the interval
-)->stats.Estimate:
+)->stats.Estimate:      # in %
     "F1 of the boundaries, over all texts, resampled by text."
     pairs = [(boundaries(a), boundaries(b)) for a, b in zip(found, truth, strict=True)]
     rows = [(2 * len(a & b), len(a) + len(b)) for a, b in pairs]
-    return stats.estimate(rows, "", lambda x: x[:, 0].sum() / max(1, x[:, 1].sum()), resamples=resamples)
+    return stats.estimate(rows, "%", lambda x: 100 * x[:, 0].sum() / max(1, x[:, 1].sum()), resamples=resamples)
 
 # %% ../../nbs/00_foundations/05_data_quality.ipynb #eed4906f
 def right_answers(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LLAMAS', 'own_clock', 'system_difference', 'Neighbour', 'cuda_event_ms', 'SlowDevice', 'DriftingMachine', 'coverage',
            'simulated_ratio', 'simulated_percentile', 'token_stream', 'llama_config', 'hollow', 'random_model',
-           'decode_step', 'StepCost', 'step_cost', 'plot_steps', 'bend']
+           'decode_step', 'StepCost', 'step_cost', 'plot_steps', 'crossover']
 
 # %% ../../nbs/00_foundations/06_measuring.ipynb #f1bfba7b
 import copy, subprocess, sys, time
@@ -97,9 +97,9 @@ def coverage(
     experiment:Callable,  # seed → stats.Estimate
     truth:float,
     n:int=200,            # experiments
-)->stats.Estimate:        # share of the intervals that hold the truth
+)->stats.Estimate:        # share of the intervals that hold the truth, in %
     "How often an interval keeps its promise."
-    return stats.estimate([float((e := experiment(i)).low <= truth <= e.high) for i in range(n)])
+    return stats.estimate([float((e := experiment(i)).low <= truth <= e.high) for i in range(n)]).scaled(100, "%")
 
 def simulated_ratio(
     seed:int,
@@ -190,8 +190,8 @@ class StepCost:
     n_parameters: int
     read_bytes: float              # that a step must read
     step: measure.Speed            # the step
-    reading: stats.Estimate        # share of the step that reading its bytes takes: the share of the floor
-    dispatch: stats.Estimate       # share of the step that its hollow twin takes
+    reading: stats.Estimate        # share of the step that reading its bytes takes, the share of the floor, in %
+    dispatch: stats.Estimate       # share of the step that its hollow twin takes, in %
     weights_over_dispatch: stats.Estimate # reading over dispatching: above 1, weights matter more
 
 def step_cost(
@@ -211,27 +211,28 @@ def step_cost(
              "reading": measure.reader(must, device), "hollow twin": decode_step(random_model(hollow(config), device, dtype))}
     found = measure.compare(calls, baseline="step", pairs=pairs, warmup=warmup, device=device, clock=clock)
     share = lambda a, b: stats.ratio(found[a].time, found[b].time)
-    return StepCost(name, shape.n_parameters, must, found["step"], share("reading", "step"), share("hollow twin", "step"), share("reading", "hollow twin"))
+    part = lambda name: share(name, "step").scaled(100, "%")
+    return StepCost(name, shape.n_parameters, must, found["step"], part("reading"), part("hollow twin"), share("reading", "hollow twin"))
 
 # %% ../../nbs/00_foundations/06_measuring.ipynb #da0727e0
 def plot_steps(
     steps,     # some `StepCost`, growing
     ax=None,   # matplotlib axes
 ):             # the axes
-    "What a step consists of, over the size of the model; the bend is where reading overtakes dispatching."
+    "What a step consists of, over the size of the model; the crossover is where reading overtakes dispatching."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 3.8), layout="constrained")[1]
     x = [c.n_parameters / 1e6 for c in steps]
     for label, colour, part in (("reading its bytes: share of the floor", "C0", "reading"), ("dispatching: its hollow twin", "C1", "dispatch")):
-        e = [getattr(c, part).scaled(100, "%") for c in steps]
+        e = [getattr(c, part) for c in steps]
         ax.errorbar(x, [o.value for o in e], [[o.value - o.low for o in e], [o.high - o.value for o in e]], fmt="o-", color=colour, capsize=2, label=label)
-    if (at := bend(steps)) is not None: ax.axvline(at / 1e6, color="grey", ls="--", lw=1, label=f"the bend: {at / 1e6:.0f}M")
+    if (at := crossover(steps)) is not None: ax.axvline(at / 1e6, color="grey", ls="--", lw=1, label=f"the crossover: {at / 1e6:.0f}M")
     ax.set(xscale="log", xlabel="parameters, millions", ylabel="share of a decoding step, %", ylim=(0, None))
     ax.set_xticks(x, [f"{o:.0f}" for o in x]); ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
     return ax
 
-def bend(
+def crossover(
     steps,          # some `StepCost`, growing
 )->float|None:      # parameters; None where weights never weigh as much, the smallest size where they always do
     "From how many parameters on a step spends more on reading weights than on dispatching: between two sizes on the line in the log-log plot."

@@ -315,8 +315,8 @@ def card(
 @dataclass(frozen=True)
 class Leak(stats.Shown):
     "The same classifier, tested on modules it has not seen and on rows it has not seen."
-    by_module: stats.Estimate  # accuracy, test modules apart
-    at_random: stats.Estimate  # accuracy, rows shuffled first
+    by_module: stats.Estimate  # accuracy in %, test modules apart
+    at_random: stats.Estimate  # accuracy in %, rows shuffled first
     @property
     def leak(self): return stats.difference(self.at_random, self.by_module, paired=False)
     def _table(self):
@@ -362,4 +362,4 @@ def leak(
     if limit and limit < len(train):
         few = np.random.default_rng(seed + 1).permutation(len(train))[:limit]
         train, mixed_train = train.select(few), mixed_train.select(few)
-    return Leak(bag_of_words(train, test, resamples), bag_of_words(mixed_train, mixed_test, resamples))
+    return Leak(*(bag_of_words(*o, resamples).scaled(100, "%") for o in ((train, test), (mixed_train, mixed_test))))

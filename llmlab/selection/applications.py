@@ -323,11 +323,12 @@ def applications_table(
 )->stats.Table:
     "Model against baseline, one line an application."
     def line(o):
-        metric, below = next(iter(o.baseline.items()))
+        key, below = next(iter(o.baseline.items()))
+        metric = key + ("" if below.unit else ", of 100")
         if o.model is None: return o.application.name, o.application.data, metric, f"{o.application.baseline}: {below.brief}", "skipped", o.reason
-        gain = o.model[metric] - below
+        gain = o.model[key] - below
         verdict = "model" if gain.low > 0 else "baseline" if gain.high < 0 else "not decided"
-        return o.application.name, o.application.data, metric, f"{o.application.baseline}: {below.brief}", o.model[metric].brief, f"{verdict}: {gain.brief}"
+        return o.application.name, o.application.data, metric, f"{o.application.baseline}: {below.brief}", o.model[key].brief, f"{verdict}: {gain.brief}"
     return stats.Table(("application", "data", "metric", "baseline", "model", "better"), [line(o) for o in outcomes])
 
 # %% ../../nbs/01_selection/06_applications.ipynb #73f521e2
