@@ -340,7 +340,7 @@ def nf4_bytes(
 )->float:                  # bytes
     "Weights as bitsandbytes holds them: the linear layers in NF4, double-quantized, but for the head."
     linear = g.matrices["attention"] + g.matrices["mlp"]
-    return linear * nf4_bits() / 8 + (g.n_parameters - linear) * models.dtype_bytes(rest)
+    return linear * nf4_bits() / 8 + (g.n_parameters - linear) * geometry.dtype_bytes(rest)
 
 # %% ../../nbs/02_finetuning/04_lora.ipynb #f2d53af9
 def qlora(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'names', 'parsed', 'digest', 'wrong_files', 'hub_cache', 'source', 'config', 'edition', 'geometry',
-           'Loaded', 'quiet_library', 'load', 'random_tokenizer', 'encode', 'bytes_in_memory', 'size_on_disk', 'save',
-           'layers_of', 'cut_layers', 'conv1d_to_linear']
+           'Loaded', 'quiet_library', 'quiet_tuners', 'load', 'random_tokenizer', 'encode', 'bytes_in_memory',
+           'size_on_disk', 'save', 'layers_of', 'cut_layers', 'conv1d_to_linear']
 
 # %% ../../nbs/kit/04_models.ipynb #ee5aa6bb
 import copy, errno, hashlib, json, os, warnings
@@ -253,17 +253,21 @@ class Loaded:
 # %% ../../nbs/kit/04_models.ipynb #834a9b7b
 @contextmanager
 def quiet_library():
-    "Without the library's bars and reports (what matters in them is checked below), and without warnings of names that libraries use themselves."
+    "Without the library's progress bars and reports: what matters in them is checked below."
     from transformers.utils import logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error(); logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
+    try: yield
     finally:
         logging.set_verbosity(level)
         if bar: logging.enable_progress_bar()
+
+@contextmanager
+def quiet_tuners():
+    "PEFT and TRL without bars and reports, and without warnings of names that they use themselves."
+    with quiet_library(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 def _dtype(name):
     if name not in ("float32", "bfloat16", "float16", "float64"): raise unknown("dtype", name, ["float32", "bfloat16", "float16", "float64"])
