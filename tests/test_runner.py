@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from llmlab.kit.settings import Unavailable, UsageError, budget_s
-from llmlab.lab import engine, plan as plans, runner
+from llmlab.lab import engine, kernels, plan as plans, runner
 from llmlab.lab.results import exit_status, find_run, merged, read_run
 
 v4 = nbformat.v4
@@ -275,11 +275,11 @@ while not pathlib.Path({str(flag)!r}).exists():
 
 def test_a_kernel_that_does_not_start_is_tried_again(course, tmp_path, monkeypatch):
     file = write_notebook(course, "01_demo/01_one.ipynb", "6 * 7")
-    real, addresses = engine._address, []
+    real, addresses = kernels._address, []
     def sometimes():
         addresses.append(real() if addresses else ("ipc", "/nowhere/at/all", None))
         return addresses[-1]
-    monkeypatch.setattr(engine, "_address", sometimes)
+    monkeypatch.setattr(kernels, "_address", sometimes)
     done = engine.execute(file, tmp_path/"run", "demo/one", {}, 30)
     assert done["status"] == "ok" and len(addresses) == 2
 

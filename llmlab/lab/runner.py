@@ -13,6 +13,7 @@ from ..kit.settings import LabError, Settings, Unavailable, home, revision, runs
 from .interrupts import asked, interruptible
 from .plan import Plan, no_room, plan, processor, read_jsonl, versions, write_json, write_whole
 from .engine import end_marked, environment, without_paths
+from .kernels import can_fork
 from .results import FINISHED, Result, Run, find_runs, read_run, write_results
 
 # %% ../../nbs/lab/06_runner.ipynb #09ee1ea1
@@ -225,12 +226,13 @@ def _hashes(folder):
 def _execute(p, todo, results, folder, mark, log, show):
     "Phase 2."
     threads = max(1, (os.cpu_count() or 1) // p.jobs) if p.jobs > 1 else None
+    fork = can_fork(p.device) and sum(bool(i.notebook.module) for i in todo) > 2  # for fewer, the imports of all would cost more than they save
     jobs = []
     for item in sorted(todo, key=lambda o: -o.budget_s) if p.jobs > 1 else todo:  # side by side, the longest first
         r = results[item.notebook.name]
         _clear(folder/r.slug)
         jobs.append(dict(do="notebook", id=r.notebook, name=r.notebook, mark=f"{mark}/n-{r.slug}", path=str(item.notebook.path),
-            folder=str(folder/r.slug), parameters=item.parameters, takes_out_dir="out_dir" in item.notebook.parameters, threads=threads,
+            folder=str(folder/r.slug), parameters=item.parameters, takes_out_dir="out_dir" in item.notebook.parameters, threads=threads, fork=fork,
             budget_s=item.budget_s, limit_s=item.budget_s + 150))  # a kernel may need three attempts to start
     def tell(job, event):
         if job:
@@ -242,7 +244,7 @@ def _execute(p, todo, results, folder, mark, log, show):
             elif event["event"] == "done": _settle(r, event["result"], folder/r.slug)
             show.notebook(r, event["event"])
         show.tick()
-    work(jobs, lambda events, i: Worker(events, log, f"{mark}/w{i}", folder), p.jobs, tell)
+    work(jobs, lambda events, i: Worker(events, log, f"{mark}/w{i}", folder, threads), p.jobs, tell)
 
 # %% ../../nbs/lab/06_runner.ipynb #6e2cfc9c
 class Quiet:
