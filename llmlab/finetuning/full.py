@@ -8,7 +8,7 @@ __all__ = ['STRATEGIES', 'recipe', 'linear_rate', 'train_by_hand', 'batches_of',
            'events']
 
 # %% ../../nbs/02_finetuning/01_full.ipynb #c5d22e6f
-import math, os, signal, subprocess, sys, time
+import multiprocessing, time
 from collections.abc import Callable
 from pathlib import Path
 import torch
@@ -191,6 +191,13 @@ def short_training(
     return training.fit(m, training.tokenized(rows, m.tokenizer), steps=steps, batch_size=8, lr=1e-3, precision="bfloat16", group_by_length=True,
         folder=folder, save_every=2 if folder else None, seed=seed)
 
+def _short_training_aside(says, folder, options):
+    "In a process of its own: train, and tell why that ended."
+    try:
+        short_training(folder, **options)
+        says.send("all steps were made")
+    except Exception as e: says.send(f"{type(e).__name__}: {e}")
+
 def killed_training(
     folder,             # of the checkpoints
     after:int=2,        # checkpoints to wait for
@@ -198,16 +205,24 @@ def killed_training(
     **options,          # of `short_training`
 )->int:                 # what the process ended with: minus the number of the signal
     "Train in a process of its own and kill it (SIGKILL) in the middle. Raises `Unavailable` if it ends before or never gets there."
-    code = f"from llmlab.finetuning.full import short_training; short_training({str(folder)!r}, **{options!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    hears, says = context.Pipe(duplex=False)
+    process = context.Process(target=_short_training_aside, args=(says, str(folder), options))
+    process.start()
+    says.close()
     end = time.monotonic() + limit_s
     try:
         while len(training.checkpoints(folder)) < after:
-            if process.poll() is not None: raise Unavailable(f"the training ended with {process.returncode} by itself: {process.stderr.read()[-500:]}")
+            if not process.is_alive():
+                try: why = hears.recv()
+                except EOFError: why = f"status {process.exitcode}"
+                raise Unavailable(f"the training ended by itself: {why}")
             if time.monotonic() > end: raise Unavailable(f"fewer than {after} checkpoints in {limit_s:g} s. Raise limit_s on a slow machine")
             time.sleep(.02)
-    finally: process.kill()
-    return process.wait()
+    finally:
+        process.kill()
+        process.join()
+    return process.exitcode
 
 # %% ../../nbs/02_finetuning/01_full.ipynb #1dd76003
 def events(
