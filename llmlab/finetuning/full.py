@@ -207,7 +207,8 @@ def killed_training(
     "Train in a process of its own and kill it (SIGKILL) in the middle. Raises `Unavailable` if it ends before or never gets there."
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     hears, says = context.Pipe(duplex=False)
-    process = context.Process(target=_short_training_aside, args=(says, str(folder), options))
+    from llmlab.finetuning.full import _short_training_aside as target  # of the module: a notebook's own function cannot be sent
+    process = context.Process(target=target, args=(says, str(folder), options))
     process.start()
     says.close()
     end = time.monotonic() + limit_s

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
+from weakref import WeakKeyDictionary
 from .settings import LabError, Unavailable, UsageError, home, unknown
 from .stats import Shown, Table
 
@@ -87,11 +88,15 @@ def _plain(value):
     parts = [_plain(v) for v in value]
     return None if None in parts else mark[0] + ",".join(parts) + mark[1]
 
+_trees = WeakKeyDictionary()  # function -> hash of its source, which a function keeps as long as it lives
+
 def _source(make):
     "Hash of a function's source, of the functions and classes of its module that it uses, and of the constants that they read."
     seen = {}
     def visit(f):
-        try: seen[f.__qualname__] = _tree(inspect.getsource(f))
+        try:
+            if f not in _trees: _trees[f] = _tree(inspect.getsource(f))
+            seen[f.__qualname__] = _trees[f]
         except (OSError, TypeError) as e: raise UsageError(f"the source of {f!r}, part of a recipe, cannot be read: define it in a file or a cell") from e
         for name in sorted(n for n in _loads(f.__code__) & f.__globals__.keys() if not n.startswith("__")):
             value = f.__globals__[name]

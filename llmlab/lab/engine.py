@@ -8,6 +8,7 @@ __all__ = ['MARK', 'marked', 'end_marked', 'environment', 'without_paths', 'clea
 
 # %% ../../nbs/lab/01_engine.ipynb #21db3cbf
 import errno, html, json, os, queue, re, sys, threading, time, traceback
+from functools import cache
 from importlib import import_module, resources
 from pathlib import Path
 from ..kit.settings import LabError, checkout, contained, home, settings, without_temporary
@@ -270,10 +271,14 @@ def execute(
     return dict(status=status, seconds=round(seconds, 3), error=error)
 
 # %% ../../nbs/lab/01_engine.ipynb #f61971e1
+@cache
+def _listed(module, profile, overrides):
+    s = settings(profile, **json.loads(overrides))
+    return s, import_module(module).recipes(s)
+
 def _recipes(job):
-    "The recipes of a module under a profile."
-    s = settings(job["profile"], **job["settings"])
-    return s, import_module(job["module"]).recipes(s)
+    "Settings, and the recipes of a module under them; asked for each of the recipes, listed once."
+    return _listed(job["module"], job["profile"], json.dumps(job["settings"], sort_keys=True))
 
 def _arguments(arguments):
     plain = {k: v for k, v in arguments.items() if isinstance(v, (str, int, float, bool, type(None)))}
