@@ -98,7 +98,7 @@ def sentence_vectors(
     return torch.cat([*means, output.pooler_output] if pooler else means, dim=1)
 
 # %% ../../nbs/01_selection/01_candidates.ipynb #d18ef599
-@store.recipe(version=1, uses=("torch", "transformers"))
+@store.recipe(version=2, uses=("torch", "transformers"))
 def features(
     folder:Path,             # where the store wants the files
     *, encoder:str,          # as in `models.load`
@@ -112,11 +112,12 @@ def features(
     device:str="cpu",        # to encode on
     progress:bool=True,      # show a bar
 )->dict:                     # examples a split
-    "Sentence vectors of a frozen encoder, one `.npy` file (n, columns) a split."
+    "Sentence vectors of a frozen encoder, its products in bfloat16: one `.npy` file (n, columns) a split."
     m, n = models.load(encoder, device=device, dtype=dtype), {}
     for split, limit in limits.items():
         texts = list(data.load(task, split, limit=limit, seed=seed)["text"])
-        x = models.encode(m, texts, pool=partial(sentence_vectors, layers=layers, pooler=pooler), progress=progress)
+        with torch.autocast(m.device.type, torch.bfloat16):
+            x = models.encode(m, texts, pool=partial(sentence_vectors, layers=layers, pooler=pooler), progress=progress)
         np.save(folder/f"{split}.npy", x.float().cpu().numpy())
         n[split] = len(x)
     return n
