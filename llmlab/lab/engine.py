@@ -198,6 +198,7 @@ def notebook_page(
     for c in nb.cells:
         if c.cell_type == "markdown": c.source = c.source.replace(r"\$", "\ue000")  # a dollar that opens no formula
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    exporter.register_filter("clean_html", lambda code: code)  # it is given code alone, which the highlighter has escaped, and takes a third of the time
     body, _ = exporter.from_notebook_node(nb)
     body = re.sub(r"(?s)<script\b[^>]*\bsrc=.*?</script>|<link\b[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>", "", body)
     colours = {o: HtmlFormatter(style=o).get_style_defs(".highlight") for o in ("default", "github-dark")}
