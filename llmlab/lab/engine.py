@@ -8,6 +8,7 @@ __all__ = ['MARK', 'marked', 'end_marked', 'environment', 'without_paths', 'clea
 
 # %% ../../nbs/lab/01_engine.ipynb #21db3cbf
 import errno, html, json, os, queue, re, sys, threading, time, traceback
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module, resources
 from pathlib import Path
@@ -245,8 +246,10 @@ def execute(
     report=lambda **event: None,  # called with events: cell, cells
 )->dict:                     # status, seconds, error
     "Execute one notebook. The executed notebook and its page are written in every case; what went wrong is returned, not raised."
-    papermill, nbformat = _papermill()
-    fork = fork and preload()
+    with ThreadPoolExecutor(1) as aside:
+        there = aside.submit(preload) if fork else None
+        papermill, nbformat = _papermill()
+        fork = fork and there.result()
     folder = Path(folder).resolve()
     for o in (folder, home()/"config"): o.mkdir(parents=True, exist_ok=True)
     partial, started, nb, error, status = folder/".partial.ipynb", time.monotonic(), None, None, "ok"

@@ -41,7 +41,9 @@ def _begin_kernel(command, cwd, env):
     numpy.random.seed()  # else every kernel would draw the same
     matplotlib.rcParams["backend"] = env.get("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # it was imported before IPython was there to say so
     try: IPKernelApp.launch_instance(argv=command[3:], parent_handle=os.getppid())
-    finally: atexit._run_exitfuncs()  # a forked process skips them
+    finally:
+        IPKernelApp.instance().shell.reset = lambda **_: None  # at its end IPython takes down every name, which takes seconds for large tables
+        atexit._run_exitfuncs()  # a forked process skips them
 
 class _Forked:
     "A forked process, with as much of `subprocess.Popen` as jupyter_client asks for."
