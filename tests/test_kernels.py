@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import uuid
+from multiprocessing import forkserver
 
 import nbformat
 import psutil
@@ -14,6 +15,12 @@ from llmlab.lab import engine, kernels
 from llmlab.lab.results import find_run, read_run
 
 pytestmark = pytest.mark.skipif(not kernels.can_fork(), reason="kernels are forked on Linux alone")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_server_yet():
+    "Another test of this process may have begun a fork server, which has nothing imported."
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture
